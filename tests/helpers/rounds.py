@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,9 +40,9 @@ class Expected:
         return RankRound(self.inputs[rank], self.expert_out[rank])
 
 
-def expect(case: Case, number: int) -> Expected:
-    """Round `number` of a case."""
-    inputs = case.inputs(number)
+def expect(case: Case, number: int, inputs: list[RankInput] | None = None) -> Expected:
+    """Round `number` of a case, with its own inputs unless others are given."""
+    inputs = case.inputs(number) if inputs is None else inputs
     dispatched = reference.dispatch(case.config(), inputs)
     expert_out = case.expert_out(number, dispatched)
     return Expected(inputs, expert_out, dispatched, reference.combine(case.config(), inputs, dispatched, expert_out))
@@ -93,6 +93,17 @@ def copied(recv: Dispatched) -> Received:
     )
 
 
+def dispatch_arguments(config: Config, inputs: RankInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a rank's input is passed to dispatch: (positional, by keyword)."""
+    weights = inputs.topk_weights if config.weights_at == "dispatch" else None
+    valid = inputs.num_valid_tokens
+    options = {
+        "scales": inputs.scales,
+        "num_valid_tokens": None if valid is None else torch.tensor([valid], dtype=torch.int32),
+    }
+    return (inputs.x, inputs.topk_ids, weights), options
+
+
 class Halves:
     """The halves of some rounds of one rank, to be called in any legal order; checks nothing itself.
 
@@ -110,25 +121,40 @@ class Halves:
         self._dispatches: dict[int, PendingDispatch] = {}
         self._combines: dict[int, PendingCombine] = {}
 
+    def inputs(self, number: int) -> RankInput:
+        return self._rounds[number].inputs
+
+    def expert_out(self, number: int) -> Tensor:
+        return self._rounds[number].expert_out
+
     def dispatch_send(self, number: int) -> None:
-        inputs = self._rounds[number].inputs
-        valid = inputs.num_valid_tokens
-        self._dispatches[number] = self._a2a.dispatch_send(
-            inputs.x,
-            inputs.topk_ids,
-            inputs.topk_weights if self._a2a.config.weights_at == "dispatch" else None,
-            scales=inputs.scales,
-            num_valid_tokens=None if valid is None else torch.tensor([valid], dtype=torch.int32),
-        )
+        self._dispatches[number] = self._send(number)
+
+    def _send(self, number: int, **more: Any) -> PendingDispatch:
+        positional, options = dispatch_arguments(self._a2a.config, self.inputs(number))
+        return self._a2a.dispatch_send(*positional, **options, **more)
 
     def dispatch_receive(self, number: int) -> None:
         self.live[number] = self._dispatches[number].receive()
         self.received[number] = copied(self.live[number])
 
+    def dispatch(self, number: int) -> None:
+        """Both halves in one call."""
+        positional, options = dispatch_arguments(self._a2a.config, self.inputs(number))
+        self.live[number] = self._a2a.dispatch(*positional, **options)
+        self.received[number] = copied(self.live[number])
+
+    def combine(self, number: int) -> None:
+        """Both halves in one call."""
+        combined = self._a2a.combine(self.expert_out(number), self.live[number], self._late_weights(number))
+        self.combined[number] = combined.cpu().clone()
+
     def combine_send(self, number: int) -> None:
-        round_ = self._rounds[number]
-        weights = round_.inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
-        self._combines[number] = self._a2a.combine_send(round_.expert_out, self.live[number], weights)
+        weights = self._late_weights(number)
+        self._combines[number] = self._a2a.combine_send(self.expert_out(number), self.live[number], weights)
+
+    def _late_weights(self, number: int) -> Tensor | None:
+        return self._rounds[number].inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
 
     def combine_receive(self, number: int) -> None:
         self.combined[number] = self._combines[number].receive().cpu().clone()

@@ -159,12 +159,11 @@ def one_choice(shape: Shape, generator: torch.Generator) -> list[Tensor]:
 @named("full")
 def full(shape: Shape, generator: torch.Generator) -> list[Tensor]:
     """T = M on every rank and, K permitting, every token to every rank: each inbox is full."""
-    routed = everywhere(shape, generator, [shape.max_num_tokens] * shape.num_ranks)
-    for ids in routed:
-        for rank in range(min(shape.num_ranks, shape.num_topk)):
-            ids[:, rank] = rank * shape.num_local + torch.randint(
-                shape.num_local, (ids.shape[0],), generator=generator
-            )
+    routed = []
+    for _ in range(shape.num_ranks):
+        order = torch.rand(shape.max_num_tokens, shape.num_ranks, shape.num_local, generator=generator)
+        order.scatter_(2, order.argmin(dim=2, keepdim=True), -order.amin(dim=2, keepdim=True))  # one a rank first
+        routed.append(order.flatten(1).argsort(dim=1)[:, : shape.num_topk])
     return routed
 
 
@@ -183,4 +182,14 @@ def zipf(shape: Shape, generator: torch.Generator) -> list[Tensor]:
     return [
         torch.multinomial(popularity.expand(count, -1), shape.num_topk, generator=generator)
         for count in usual(shape)
+    ]
+
+
+@named("any")
+def any_routing(shape: Shape, generator: torch.Generator) -> list[Tensor]:
+    """Everything at once: T from 0 to M on each rank, any ids, holes and duplicates among them."""
+    tokens = torch.randint(shape.max_num_tokens + 1, (shape.num_ranks,), generator=generator)
+    return [
+        torch.randint(UNROUTED, shape.num_experts, (count, shape.num_topk), generator=generator)
+        for count in tokens.tolist()
     ]
