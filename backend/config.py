@@ -81,7 +81,7 @@ class Config:
             ("output", (None, *get_args(OutputDtype))),
         ):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str) or value not in choices:
+            if (value is not None and not isinstance(value, str)) or value not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))} (got {value!r})")
         self._check_timeout()
         self._check_payload()
@@ -119,7 +119,9 @@ class Config:
                     f"(got {self.hidden})"
                 )
         elif self.scale_format != "fp32":
-            raise ConfigError(f"`scale_format` {self.scale_format!r} belongs to payload 'fp8_e4m3' (got {self.payload!r})")
+            raise ConfigError(
+                f"`scale_format` {self.scale_format!r} belongs to payload 'fp8_e4m3' (got {self.payload!r})"
+            )
         for what, dtype in (("payload", self.payload), ("output", self.output_dtype)):
             size = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype)
             if size and self.hidden * size % 16:

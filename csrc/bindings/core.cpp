@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -184,6 +185,14 @@ void bind_engine(py::module_& m) {
 }  // namespace moebius
 
 PYBIND11_MODULE(_core, m) {
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const std::system_error& error) {
+      const py::object os_error = py::reinterpret_borrow<py::object>(PyExc_OSError);
+      PyErr_SetObject(PyExc_OSError, os_error(error.code().value(), error.what()).ptr());
+    }
+  });
   m.doc() = "moebius core: heap layout, shared memory, CPU engine";
   moebius::bind_layout(m);
   moebius::bind_segment(m);
