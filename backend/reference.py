@@ -109,7 +109,8 @@ def quantize_fp8(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor,
     magnitude = torch.where(magnitude.isnan(), torch.zeros_like(magnitude), magnitude)
     amax = magnitude.amax(dim=-1).clamp_min(AMAX_FLOOR)
     scale = fp8_scale(amax, scale_format)
-    inverse = FP8_MAX / amax if scale_format == "fp32" else 1.0 / scale
+    # Tensor by tensor: torch takes a number divided by a tensor as its reciprocal times the number, rounded twice.
+    inverse = torch.full_like(amax, FP8_MAX) / amax if scale_format == "fp32" else 1.0 / scale
     scaled = (groups * inverse[..., None]).clamp(-FP8_MAX, FP8_MAX)
     quantized = scaled.reshape(num_tokens, hidden).to(torch.float8_e4m3fn)
     return quantized, pack_ue8m0(scale) if scale_format == "ue8m0" else scale

@@ -129,7 +129,7 @@ class RankPool:
         members = self.everyone if members is None else members
         deadline = time.monotonic() + timeout_s
         for rank, values in zip(members, arguments, strict=True):
-            self._pipes[rank].send_bytes(pickle.dumps((function, members, values)))
+            self._pipes[rank].send_bytes(dumps((function, members, values)))
         found = self._collect([rank for rank in members if rank not in absent], deadline, absent)
         return [found.get(rank) for rank in members]
 
@@ -184,6 +184,33 @@ class RankPool:
         self.kill()
 
 
+class TensorPickler(pickle.Pickler):
+    """Tensors by value: plain pickle fails on FP8, and torch's own way needs file descriptors passed along."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
+            import torch
+
+            plain = value.detach().contiguous()
+            return rebuilt, (plain.flatten().view(torch.uint8).numpy().tobytes(), plain.dtype, tuple(plain.shape))
+        return NotImplemented
+
+
+def rebuilt(content: bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """The tensor that was pickled."""
+    import torch
+
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def dumps(value: Any) -> bytes:
+    stream = io.BytesIO()
+    TensorPickler(stream, pickle.HIGHEST_PROTOCOL).dump(value)
+    return stream.getvalue()
+
+
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
     """Keep children from importing the main script, which is pytest's and costs half a second each."""
@@ -228,13 +255,13 @@ def serve(
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
         made = {members: dist.new_group(list(members)) for members in groups}
-        pipe.send_bytes(pickle.dumps((False, None)))
+        pipe.send_bytes(dumps((False, None)))
         while job := pipe.recv_bytes():
             pipe.send_bytes(attempt(job, made))
     except EOFError:
         pass  # the parent is gone
     except BaseException:  # noqa: BLE001  # told to the parent
-        pipe.send_bytes(pickle.dumps((True, traceback.format_exc())))
+        pipe.send_bytes(dumps((True, traceback.format_exc())))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -245,6 +272,6 @@ def attempt(job: bytes, groups: dict[Members, Any]) -> bytes:
     """(failed, result or traceback) of a job, pickled here so that a result that cannot be is told too."""
     try:
         function, members, arguments = pickle.loads(job)
-        return pickle.dumps((False, function(groups[members], *arguments)))
+        return dumps((False, function(groups[members], *arguments)))
     except BaseException:  # noqa: BLE001  # told to the parent
-        return pickle.dumps((True, traceback.format_exc()))
+        return dumps((True, traceback.format_exc()))

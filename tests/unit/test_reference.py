@@ -65,6 +65,7 @@ def test_quantise_by_hand(scale_format: str, dtype: torch.dtype) -> None:
     x[7, :128] = 448.0
     x[8, :128] = torch.arange(128) / 16  # ties
     x[8, 0] = 448.0
+    x[9, :128] = torch.tensor([3.9375, 0.59765625, -0.1845703125, -1.1953125]).repeat(32)  # not reciprocal times 448
     x = x.to(dtype)
     quantized, scales = reference.quantize_fp8(x, scale_format)  # type: ignore[arg-type]
     assert scales.dtype == (torch.int32 if scale_format == "ue8m0" else torch.float32)
