@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The only global state of the package: an operator's arguments cannot be objects. Weak, so that it keeps nothing alive.
 _live: weakref.WeakValueDictionary[int, AllToAll] = weakref.WeakValueDictionary()
 
-_library = torch.library.Library("moebius", "DEF")
+_library: Any = torch.library.Library("moebius", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "dispatch_send(Tensor(a!) state, int owner, Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, "
     "Tensor? num_valid_tokens) -> Tensor"
@@ -90,7 +90,7 @@ class Traced:
         """Register the object under its number."""
         self.number = number
         self.state = torch.zeros(1, dtype=torch.int64)
-        self.names = ("x", "expert_num_tokens", "src_num_tokens")
+        self.names: tuple[str, ...] = ("x", "expert_num_tokens", "src_num_tokens")
         if owner.config.payload == "fp8_e4m3" or owner.config.scale_bytes:
             self.names += ("scales",)
         self.names += TOKEN_MAJOR_ONLY if owner.config.layout == "token_major" else EXPERT_MAJOR_ONLY
