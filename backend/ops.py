@@ -121,7 +121,7 @@ class Traced:
     def dispatch_recv(self, begun: Tensor, num_tokens: int) -> TracedDispatched:
         """The operator of `PendingDispatch.receive`."""
         tensors = torch.ops.moebius.dispatch_recv(self.state, self.number, begun)
-        found = {name: None if name in self.missing else tensors[i] for i, name in enumerate(RESULTS)}
+        found: dict[str, Any] = {n: None if n in self.missing else tensors[i] for i, n in enumerate(RESULTS)}
         return TracedDispatched(num_tokens=num_tokens, round=begun, **found)
 
     def combine_send(
