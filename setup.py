@@ -75,7 +75,9 @@ class BuildExt(build_ext):
     def run(self) -> None:
         """Refuse a checkout without the engine, announce what is skipped, build."""
         if not files("csrc/cpu/**/*.cpp") or not (ROOT / "csrc/bindings/core.cpp").exists():
-            raise SystemExit("moebius: csrc/cpu/*.cpp or csrc/bindings/core.cpp is missing: this is not a whole checkout")
+            raise SystemExit(
+                "moebius: csrc/cpu/*.cpp or csrc/bindings/core.cpp is missing: this is not a whole checkout"
+            )
         announce_cuda()
         super().run()
 
