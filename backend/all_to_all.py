@@ -11,7 +11,8 @@ import torch
 from . import heap, native, ops, slots
 from .arguments import Arguments
 from .config import Config
-from .errors import ConfigError, MoebiusError, PeerTimeoutError, ProtocolError, RoutingError, StateError
+from .errors import ConfigError, MoebiusError, RoutingError, StateError
+from .faults import error_of
 from .results import Dispatched, PendingCombine, PendingDispatch
 from .rounds import Round, RoundTable, Stage
 from .wire import DTYPE_CODE, SCALE_FORMAT_CODE, Wire, shape_of
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
-
-# csrc/cpu/engine.h, FaultKind and Reason.
-FAULT_ROUTING, FAULT_TIMEOUT = 1, 2
-REASONS = ("deadline", "died", "reported")
 
 _ids = itertools.count()
 
@@ -355,19 +352,4 @@ class AllToAll:
         return self._engine
 
     def _failure(self, op: str, half: str) -> MoebiusError:
-        """The error of the fault that the engine recorded."""
-        fault = self._open().fault()
-        if fault["kind"] == FAULT_ROUTING:
-            return RoutingError(
-                f"`topk_ids[{fault['token']}, {fault['choice']}]` must be -1 or an expert in "
-                f"[0, {self.config.num_experts}) (got {fault['observed']})"
-            )
-        if fault["kind"] == FAULT_TIMEOUT:
-            keys = ("rank", "epoch", "waited_us", "expected", "observed", "via")
-            return PeerTimeoutError(
-                op=op, half=half, reason=REASONS[fault["reason"]], **{key: fault[key] for key in keys}
-            )
-        return ProtocolError(
-            f"{op} {half} of round {fault['epoch']}: rank {fault['rank']} sent what the protocol does not allow "
-            f"(expected epoch {fault['expected']}, observed {fault['observed']})"
-        )
+        return error_of(self._open().fault(), op, half, self.config.num_experts)

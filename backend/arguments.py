@@ -8,13 +8,13 @@ import torch
 
 from .checks import INDEX_DTYPES, check_index, check_tensor, check_weights, fail, is_row_contiguous
 from .config import SCALE_GROUP
-from .errors import ShapeError
 from .wire import DTYPE_CODE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import Config
+    from .errors import ShapeError
     from .wire import Wire
 
 NOT_QUANTISED = -1
@@ -31,7 +31,7 @@ class Arguments:
         self._num_local = config.num_local_experts(num_ranks)
         self._num_rows = num_ranks * config.max_num_tokens
         self._has_weights = config.weights_at == "dispatch"
-        self._x_dtypes = (wire.dtype,)
+        self._x_dtypes: tuple[torch.dtype, ...] = (wire.dtype,)
         if config.payload == "fp8_e4m3":
             self._x_dtypes = (*DTYPE_CODE, torch.float8_e4m3fn)
 

@@ -15,7 +15,8 @@
 //   combine   | destination,    | source, CR(e) and the closing | release/acquire | word of e - D  |   epoch is
 //             | CS(e)           | wait of DS(e + D)             |                 |                |   compared
 // Zero, the word of fresh memory, has no count and so is "nothing yet" for every epoch. A word older than
-// expected means not here yet, a newer one a protocol error.
+// expected means not here yet; a newer one is a protocol error, unless it is an abort: a rank that loses a round while
+// it opens it says so at once, over a word that may not have been read, and has given up all before as well.
 #pragma once
 
 #include <stdint.h>
