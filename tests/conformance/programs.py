@@ -31,7 +31,7 @@ def whole_rounds(a2a: AllToAll, rounds: Sequence[RankRound], blocking: bool = Fa
         halves.combine_send(number)
         yield
         halves.combine_receive(number)
-    return Result(halves.received, halves.combined)
+    return Result.of(halves)
 
 
 def repeated(a2a: AllToAll, rounds: Sequence[RankRound], times: int) -> Generator[None, None, list[Result]]:
@@ -48,7 +48,7 @@ def ordered(a2a: AllToAll, rounds: Sequence[RankRound], order: Sequence[Half]) -
     for half, number in order:
         getattr(halves, half)(number)
         yield
-    return Result(halves.received, halves.combined)
+    return Result.of(halves)
 
 
 def computed(a2a: AllToAll, batches: Sequence[RankInput]) -> Generator[None, None, list[Tensor]]:
@@ -92,7 +92,7 @@ def with_option(a2a: AllToAll, rounds: Sequence[RankRound], option: str) -> Gene
         halves.combine_send(number)
         yield
         halves.combine_receive(number)
-    return Result(halves.received, halves.combined)
+    return Result.of(halves)
 
 
 class Strided(Halves):
@@ -185,4 +185,4 @@ def measured(
         replies = a2a.combine_send(round_.expert_out, halves.live[number], weights, wait_stats=waits[1])
         yield
         halves.combined[number] = replies.receive().clone()
-    return Result(halves.received, halves.combined), stats, waits[0], waits[1]
+    return Result.of(halves), stats, waits[0], waits[1]

@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import moebius
-from moebius import AllToAll
 from tests.conformance.engines import CONCURRENT, ENGINES
 from tests.conformance.programs import ordered
 from tests.helpers.cases import Case
+from tests.helpers.in_turn import MOST_ROUNDS, InTurn
 from tests.helpers.rounds import Expected, Halves, Result, check_rank, expect, of_rank
-from tests.helpers.schedules import HALVES, Half, drifting, legal_orders
+from tests.helpers.schedules import Half, drifting, legal_orders
 from tests.helpers.skew import Skew
 
 if TYPE_CHECKING:
-    from moebius import Config
+    from moebius import AllToAll, Config
 
-MOST_ROUNDS = 5
-PLAIN = [(half, number) for number in range(2) for half in HALVES]
 # Rounds that are combined (C) and rounds that are only dispatched (D).
 COMBINED = ["CCC", "CC"]
 MIXED = ["CCD", "CDC", "DCC", "CDD", "DCD", "DDC", "DDD", "DDDDD", "CDCD", "DCCD"]
@@ -51,46 +48,18 @@ def orders_of(pattern: str) -> list[tuple[Half, ...]]:
     return list(legal_orders([letter == "C" for letter in pattern], 2))
 
 
-class InTurn:
-    """All ranks of a case in one thread, kept from order to order, so that rounds start at every parity."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.expected = expected_rounds(case)
-        self.ranks = [AllToAll(group, case.config()) for group in moebius.virtual_ranks(case.num_ranks)]
-
-    def run(self, sequence: Sequence[tuple[int, Half]]) -> None:
-        """Call the halves as (rank, half) in this sequence, and compare all that came."""
-        halves = [Halves(a2a, of_rank(self.expected, rank)) for rank, a2a in enumerate(self.ranks)]
-        try:
-            for rank, (half, number) in sequence:
-                getattr(halves[rank], half)(number)
-            for rank, got in enumerate(halves):
-                check_rank(self.case.config(), rank, got, self.expected)
-        except Exception as error:
-            raise AssertionError(f"{error}; in the sequence {sequence}") from error
-
-    def together(self, order: Sequence[Half]) -> None:
-        """Every half on all ranks before the next half."""
-        self.run([(rank, half) for half in order for rank in range(self.case.num_ranks)])
-
-    def close(self) -> None:
-        for a2a in self.ranks:
-            a2a.close()
-
-
 @pytest.fixture(params=["expert", "expert-late", "token"])
 def in_turn(request: pytest.FixtureRequest) -> Iterator[InTurn]:
-    ranks = InTurn(small(request.param))
-    yield ranks
-    ranks.close()
+    case = small(request.param)
+    with InTurn(case, expected_rounds(case)) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("pattern", COMBINED)
 def test_every_order_in_one_thread(in_turn: InTurn, pattern: str) -> None:
     for order in orders_of(pattern):
         in_turn.together(order)
-        in_turn.together(PLAIN[: len(HALVES)])  # the next order starts at the other parity
+        in_turn.one_round()  # the next order starts at the other parity
 
 
 def test_orders_of_four_rounds(in_turn: InTurn) -> None:
@@ -103,13 +72,11 @@ def test_orders_of_four_rounds(in_turn: InTurn) -> None:
 @pytest.mark.parametrize("mode", ["expert", "token"])
 def test_ranks_drift_apart(num_ranks: int, mode: str) -> None:
     """Any order, any drift that makes nobody wait: a single thread plays what threads only might."""
-    ranks = InTurn(small(mode, num_ranks))
+    case = small(mode, num_ranks)
     numbers = random.Random(num_ranks)
-    try:
+    with InTurn(case, expected_rounds(case)) as ranks:
         for _ in range(200):
             ranks.run(drifting(numbers.choice(orders_of("CCCC")), num_ranks, 2, numbers))
-    finally:
-        ranks.close()
 
 
 def all_orders(

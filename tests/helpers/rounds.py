@@ -110,11 +110,13 @@ class Halves:
     Attributes:
         received: copies of what came, by round.
         combined: copies of what came back, by round.
+        kept: copies of what came, made again as late as it must still be there.
     """
 
     def __init__(self, a2a: AllToAll, rounds: Sequence[RankRound]) -> None:
         self.received: dict[int, Received] = {}
         self.combined: dict[int, Tensor] = {}
+        self.kept: dict[int, Received] = {}
         self.live: dict[int, Dispatched] = {}
         self._a2a = a2a
         self._rounds = rounds
@@ -128,6 +130,10 @@ class Halves:
         return self._rounds[number].expert_out
 
     def dispatch_send(self, number: int) -> None:
+        overwritten = number - self._a2a.config.depth
+        # In token_major the combine gives the cells back: other ranks may fill them before we come here.
+        if self._a2a.config.layout == "expert_major" or overwritten not in self._combines:
+            self._keep(overwritten)
         self._dispatches[number] = self._send(number)
 
     def _send(self, number: int, **more: Any) -> PendingDispatch:
@@ -150,8 +156,13 @@ class Halves:
         self.combined[number] = combined.cpu().clone()
 
     def combine_send(self, number: int) -> None:
+        self._keep(number)
         weights = self._late_weights(number)
         self._combines[number] = self._a2a.combine_send(self.expert_out(number), self.live[number], weights)
+
+    def _keep(self, number: int) -> None:
+        if number in self.live:
+            self.kept[number] = copied(self.live[number])
 
     def _late_weights(self, number: int) -> Tensor | None:
         return self._rounds[number].inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
@@ -164,6 +175,8 @@ def check_rank(config: Config, rank: int, got: Halves | Result, expected: Sequen
     """Compare all that one rank got with the reference."""
     for number, received in got.received.items():
         check_received(config, received, expected[number].dispatched[rank], f"round {number}, rank {rank}: ")
+    for number, kept in got.kept.items():
+        check_received(config, kept, expected[number].dispatched[rank], f"round {number}, rank {rank}, later: ")
     for number, combined in got.combined.items():
         want = expected[number].combined[rank]
         assert_same(combined, want, f"round {number}, rank {rank}: combined", any_nan=True)
@@ -175,6 +188,11 @@ class Result:
 
     received: dict[int, Received]
     combined: dict[int, Tensor]
+    kept: dict[int, Received]
+
+    @classmethod
+    def of(cls, halves: Halves) -> Result:
+        return cls(halves.received, halves.combined, halves.kept)
 
 
 def check_received(config: Config, got: Received, want: RankDispatched, what: str) -> None:
