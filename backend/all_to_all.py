@@ -158,9 +158,6 @@ class AllToAll:
 
         Source: DESIGN.md, "The life of a round".
         """
-        if torch.compiler.is_compiling():
-            options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
-            return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
         return self.dispatch_send(
             x,
             topk_ids,
