@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.stamp-dependencies
 INSTALLED := $(VENV)/.stamp-installed
 EXTENSION := build/.stamp-extension
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
-FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp'
+FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

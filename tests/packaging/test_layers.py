@@ -12,7 +12,7 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "group", "heap", "plan", "results", "rounds", "slots"},
+    {"arguments", "engines", "group", "heap", "plan", "results", "rounds", "slots"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)

@@ -1,5 +1,6 @@
-// Virtual ranks in threads against the engine itself, for the sanitizers: every access to a cell is ordered by a
-// signal or TSan says so. Values are small integers and weights powers of two, so every sum is exact.
+// Virtual ranks in threads against the engine itself, for the sanitizers: every access to a cell is
+// ordered by a signal or TSan says so. Values are small integers and weights powers of two, so
+// every sum is exact.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,14 +19,14 @@ using namespace moebius::cpu;
 
 namespace {
 
-#define REQUIRE(condition, ...)                                        \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      fprintf(stderr, "%s:%d: " #condition ": ", __FILE__, __LINE__);  \
-      fprintf(stderr, __VA_ARGS__);                                    \
-      fputc('\n', stderr);                                             \
-      abort();                                                         \
-    }                                                                  \
+#define REQUIRE(condition, ...)                                       \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      fprintf(stderr, "%s:%d: " #condition ": ", __FILE__, __LINE__); \
+      fprintf(stderr, __VA_ARGS__);                                   \
+      fputc('\n', stderr);                                            \
+      abort();                                                        \
+    }                                                                 \
   } while (false)
 
 struct Case {
@@ -61,15 +62,16 @@ std::vector<Token> tokens_of(const Case& c, int rank, int round) {
 float channel(float value, int64_t c) { return value + static_cast<float>(c % 5); }
 
 struct World {
-  explicit World(const Case& c) : shape{c.ranks,
-                                        c.experts,
-                                        c.topk,
-                                        c.max_tokens,
-                                        c.depth,
-                                        c.hidden * 4,
-                                        0,
-                                        c.hidden * 4,
-                                        c.has_weights} {
+  explicit World(const Case& c)
+      : shape{c.ranks,
+              c.experts,
+              c.topk,
+              c.max_tokens,
+              c.depth,
+              c.hidden * 4,
+              0,
+              c.hidden * 4,
+              c.has_weights} {
     for (int r = 0; r < c.ranks; ++r) heaps.push_back(Segment::create(HeapLayout::of(shape).total));
     for (auto& heap : heaps) addresses.push_back(heap.data());
   }
@@ -86,11 +88,12 @@ class Rank {
         rng_(77 + rank),
         layout_(HeapLayout::of(world.shape)),
         heap_(world.addresses[rank]),
-        engine_({world.shape, c.is_token_major, ScaleFormat::kFp32, Dtype::kFp32, c.hidden, kTimeoutNs},
-                rank,
-                world.addresses,
-                std::vector<int>(c.ranks, 0),
-                *find_kernels("")) {
+        engine_(
+            {world.shape, c.is_token_major, ScaleFormat::kFp32, Dtype::kFp32, c.hidden, kTimeoutNs},
+            rank,
+            world.addresses,
+            std::vector<int>(c.ranks, 0),
+            *find_kernels("")) {
     const int64_t cells = int64_t{c.ranks} * c.max_tokens;
     x_.resize(num_local() * cells * c.hidden);
     y_.resize(c.is_token_major ? cells * c.hidden : x_.size());
@@ -109,12 +112,25 @@ class Rank {
       const bool is_good = step(round);
       if (!is_good) {
         ++num_lost_;
-        REQUIRE(case_.stopping_rank >= 0, "%s: rank %d lost round %d: kind %d rank %d", case_.name, rank_, round,
-                static_cast<int>(engine_.fault().kind), engine_.fault().rank);
+        REQUIRE(case_.stopping_rank >= 0,
+                "%s: rank %d lost round %d: kind %d rank %d",
+                case_.name,
+                rank_,
+                round,
+                static_cast<int>(engine_.fault().kind),
+                engine_.fault().rank);
         const Fault& f = engine_.fault();
-        REQUIRE(f.rank == case_.stopping_rank, "%s: rank %d blames %d in round %d (kind %d, epoch %lu, reason %d via %d, %ld us)",
-                case_.name, rank_, f.rank, round, static_cast<int>(f.kind), static_cast<unsigned long>(f.epoch), static_cast<int>(f.reason),
-                f.via, static_cast<long>(f.waited_ns / 1000));
+        REQUIRE(f.rank == case_.stopping_rank,
+                "%s: rank %d blames %d in round %d (kind %d, epoch %lu, reason %d via %d, %ld us)",
+                case_.name,
+                rank_,
+                f.rank,
+                round,
+                static_cast<int>(f.kind),
+                static_cast<unsigned long>(f.epoch),
+                static_cast<int>(f.reason),
+                f.via,
+                static_cast<long>(f.waited_ns / 1000));
       }
     }
     REQUIRE(num_lost_ <= 2, "%s: rank %d lost %d rounds to one rank", case_.name, rank_, num_lost_);
@@ -135,12 +151,19 @@ class Rank {
     std::vector<float> x(tokens.size() * case_.hidden), weights;
     std::vector<int32_t> ids;
     for (size_t t = 0; t < tokens.size(); ++t) {
-      for (int64_t c = 0; c < case_.hidden; ++c) x[t * case_.hidden + c] = channel(tokens[t].value, c);
+      for (int64_t c = 0; c < case_.hidden; ++c)
+        x[t * case_.hidden + c] = channel(tokens[t].value, c);
       ids.insert(ids.end(), tokens[t].ids.begin(), tokens[t].ids.end());
       weights.insert(weights.end(), tokens[t].weights.begin(), tokens[t].weights.end());
     }
-    return engine_.dispatch_send({reinterpret_cast<const std::byte*>(x.data()), case_.hidden * 4, Encoding::kCopy,
-                                  Dtype::kFp32, nullptr, 0, ids.data(), false,
+    return engine_.dispatch_send({reinterpret_cast<const std::byte*>(x.data()),
+                                  case_.hidden * 4,
+                                  Encoding::kCopy,
+                                  Dtype::kFp32,
+                                  nullptr,
+                                  0,
+                                  ids.data(),
+                                  false,
                                   case_.has_weights ? weights.data() : nullptr,
                                   static_cast<int64_t>(tokens.size())});
   }
@@ -160,12 +183,15 @@ class Rank {
     for (int64_t row = 0; row < rows; ++row) {
       if (row % case_.max_tokens >= from_[row / case_.max_tokens]) continue;
       const int src = static_cast<int>(row / case_.max_tokens);
-      const std::byte* cell = heap_ + layout_.cell(layout_.slot_of(epoch), src, row % case_.max_tokens);
-      const auto* ids = reinterpret_cast<const int32_t*>(cell + layout_.head_in_cell + sizeof(CellHead));
+      const std::byte* cell =
+          heap_ + layout_.cell(layout_.slot_of(epoch), src, row % case_.max_tokens);
+      const auto* ids =
+          reinterpret_cast<const int32_t*>(cell + layout_.head_in_cell + sizeof(CellHead));
       const auto* weights = reinterpret_cast<const float*>(ids + case_.topk);
       float factor = 0;
       for (int k = 0; k < case_.topk; ++k) {
-        if (ids[k] >= 0) factor += weights[k] * static_cast<float>(rank_ * num_local() + ids[k] + 1);
+        if (ids[k] >= 0)
+          factor += weights[k] * static_cast<float>(rank_ * num_local() + ids[k] + 1);
       }
       const float* x = reinterpret_cast<const float*>(cell);
       for (int64_t c = 0; c < case_.hidden; ++c) y_[row * case_.hidden + c] = x[c] * factor;
@@ -191,7 +217,8 @@ class Rank {
     delay();
     const int64_t row_bytes = case_.hidden * 4;
     const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
-    if (!engine_.combine_send(epoch, {reinterpret_cast<const std::byte*>(y_.data()), rows * row_bytes, row_bytes})) {
+    if (!engine_.combine_send(
+            epoch, {reinterpret_cast<const std::byte*>(y_.data()), rows * row_bytes, row_bytes})) {
       return false;
     }
     delay();
@@ -205,9 +232,12 @@ class Rank {
       weights.insert(weights.end(), token.weights.begin(), token.weights.end());
     }
     std::vector<float> out(tokens.size() * case_.hidden, -1.0f);
-    if (!engine_.combine_recv(epoch, {reinterpret_cast<std::byte*>(out.data()), case_.hidden * 4,
-                                      static_cast<int64_t>(tokens.size()),
-                                      case_.has_weights ? nullptr : weights.data(), nullptr})) {
+    if (!engine_.combine_recv(epoch,
+                              {reinterpret_cast<std::byte*>(out.data()),
+                               case_.hidden * 4,
+                               static_cast<int64_t>(tokens.size()),
+                               case_.has_weights ? nullptr : weights.data(),
+                               nullptr})) {
       return false;
     }
     for (size_t t = 0; t < tokens.size(); ++t) {
@@ -221,8 +251,15 @@ class Rank {
       for (int64_t c = 0; c < case_.hidden; ++c) {
         const float expected = channel(tokens[t].value, c) * factor;
         const float got = out[t * case_.hidden + c];
-        REQUIRE(got == expected, "%s: rank %d round %d token %zu channel %ld: expected %g, got %g", case_.name,
-                rank_, round, t, static_cast<long>(c), expected, got);
+        REQUIRE(got == expected,
+                "%s: rank %d round %d token %zu channel %ld: expected %g, got %g",
+                case_.name,
+                rank_,
+                round,
+                t,
+                static_cast<long>(c),
+                expected,
+                got);
       }
     }
     return true;
