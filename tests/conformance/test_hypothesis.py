@@ -36,23 +36,33 @@ def some_case(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def some_inputs(draw: st.DrawFn, case: Case, number: int) -> list[RankInput]:
-    """The values are the case's; how many tokens, where to and what is padding is drawn."""
+def some_traffic(draw: st.DrawFn, case: Case) -> list[tuple[list[int], int | None]]:
+    """For each rank the ids of its tokens, one after another, and how many tokens are no padding."""
     drawn = []
-    for rank, source in enumerate(dataclasses.replace(case, routing="full").inputs(number)):
+    for _ in range(case.num_ranks):
         size = draw(st.integers(0, case.max_num_tokens))
         choices = st.integers(-1, case.num_experts - 1)
         ids = draw(st.lists(choices, min_size=size * case.topk, max_size=size * case.topk))
-        drawn.append(
+        drawn.append((ids, draw(st.none() | st.integers(0, size))))
+    return drawn
+
+
+def inputs_of(case: Case, number: int, traffic: list[tuple[list[int], int | None]]) -> list[RankInput]:
+    """The case's values, sent as drawn."""
+    inputs = []
+    sources = dataclasses.replace(case, routing="full").inputs(number)
+    for rank, (source, (ids, valid)) in enumerate(zip(sources, traffic, strict=True)):
+        size = len(ids) // case.topk
+        inputs.append(
             RankInput(
                 x=source.x[:size],
                 topk_ids=torch.tensor(ids, dtype=IDS[(rank + number) % 2]).reshape(size, case.topk),
                 topk_weights=source.topk_weights[:size],
                 scales=None if source.scales is None else source.scales[:size],
-                num_valid_tokens=draw(st.none() | st.integers(0, size)),
+                num_valid_tokens=valid,
             )
         )
-    return drawn
+    return inputs
 
 
 @settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -61,7 +71,7 @@ def test_any_rounds(data: st.DataObject) -> None:
     case = data.draw(some_case())
     note(case.id)
     expected = [
-        expect(case, number, data.draw(some_inputs(case, number)))
+        expect(case, number, inputs_of(case, number, data.draw(some_traffic(case))))
         for number in range(data.draw(st.integers(1, case.depth + 2)))
     ]
     arguments = [(of_rank(expected, rank),) for rank in range(case.num_ranks)]

@@ -97,7 +97,7 @@ class RankPool:
                 theirs.close()
                 self.processes.append(process)
                 self._pipes.append(mine)
-        self._collect(self.everyone, time.monotonic() + START_TIMEOUT_S, ())
+        self._collect(self.everyone, time.monotonic() + START_TIMEOUT_S)
 
     def __enter__(self) -> RankPool:
         return self
@@ -130,10 +130,18 @@ class RankPool:
         deadline = time.monotonic() + timeout_s
         for rank, values in zip(members, arguments, strict=True):
             self._pipes[rank].send_bytes(dumps((function, members, values)))
-        found = self._collect([rank for rank in members if rank not in absent], deadline, absent)
+        found = self._collect([rank for rank in members if rank not in absent], deadline)
         return [found.get(rank) for rank in members]
 
-    def _collect(self, ranks: Collection[int], deadline: float, absent: Collection[int]) -> dict[int, Any]:
+    def late(self, rank: int, *, timeout_s: float = 60.0) -> Any:
+        """What a rank that was `absent` answers after all.
+
+        Raises:
+            RankError: as `run`.
+        """
+        return self._collect((rank,), time.monotonic() + timeout_s)[rank]
+
+    def _collect(self, ranks: Collection[int], deadline: float) -> dict[int, Any]:
         found: dict[int, Any] = {}
         try:
             while len(found) < len(ranks):
