@@ -200,6 +200,17 @@ def every_pattern(dtype: torch.dtype) -> Tensor:
     return ((patterns << 16) | noise).view(dtype).reshape(512, 128)
 
 
+def beside_powers(dtype: torch.dtype) -> Tensor:
+    """[64, 128]: groups whose maximum over 448 is a power of two, or the closest to one from either side."""
+    rows = torch.zeros(64, 128, dtype=dtype)
+    for row in range(64):
+        away = row % 8 - 4
+        largest = torch.tensor(448.0 * 2.0 ** (row // 8 - 4), dtype=dtype)
+        bits = largest.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+        rows[row] = (bits + away).view(dtype)
+    return rows
+
+
 @pytest.mark.parametrize("simd", ["avx512", "avx2", "scalar"])
 @pytest.mark.parametrize("scale_format", ["fp32", "pow2", "ue8m0"])
 @pytest.mark.parametrize("dtype", SWEEPS.values(), ids=SWEEPS)
@@ -211,7 +222,7 @@ def test_every_value_quantised(
     ordered = every_pattern(dtype)
     mixed = ordered.flatten()[torch.randperm(ordered.numel(), generator=torch.Generator().manual_seed(2))]
     finite = torch.where(mixed.isfinite() & (mixed.abs() < 100), mixed, torch.zeros_like(mixed))
-    x = torch.cat([ordered, mixed.reshape(512, 128), finite.reshape(512, 128)]).reshape(-1, 512)
+    x = torch.cat([ordered, mixed.reshape(512, 128), finite.reshape(512, 128), beside_powers(dtype)]).reshape(-1, 512)
     payload = {"fp32": "fp8", "pow2": "fp8-pow2", "ue8m0": "fp8-ue8m0"}[scale_format]
     case = Case(num_ranks=1, num_experts=1, num_topk=1, hidden=512, max_num_tokens=len(x), payload=payload)
     inputs = [RankInput(x, torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1))]
