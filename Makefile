@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Where torch's CPU build is, a tenth of the size of what PyPI has for x86-64; ignored when it does not answer.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index or folder with PyTorch's CPU build, a tenth of the size of the default one: make TORCH_INDEX=... dev
+TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 CREATED := $(VENV)/.stamp-created
@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.stamp-dependencies
 INSTALLED := $(VENV)/.stamp-installed
 EXTENSION := build/.stamp-extension
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
-FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp'
+FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -71,8 +71,7 @@ $(CREATED):
 	@touch $@
 
 $(DEPENDENCIES): requirements-dev.txt $(CREATED)
-	@$(BIN)/python -c 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null \
-	  && extra="--extra-index-url $(TORCH_INDEX)"; $(BIN)/pip install $$extra -r requirements-dev.txt
+	$(BIN)/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-dev.txt
 	@touch $@
 
 # Before the install, which then finds the objects and only links them.

@@ -11,19 +11,17 @@ import torch
 from . import heap, native, ops, slots
 from .arguments import Arguments
 from .config import Config
-from .errors import ConfigError, MoebiusError, PeerTimeoutError, ProtocolError, RoutingError, StateError
+from .engines import make_cpu_engine
+from .errors import ConfigError, MoebiusError, RoutingError, StateError
+from .faults import error_of
 from .results import Dispatched, PendingCombine, PendingDispatch
 from .rounds import Round, RoundTable, Stage
-from .wire import DTYPE_CODE, SCALE_FORMAT_CODE, Wire, shape_of
+from .wire import Wire, shape_of
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
-
-# csrc/cpu/engine.h, FaultKind and Reason.
-FAULT_ROUTING, FAULT_TIMEOUT = 1, 2
-REASONS = ("deadline", "died", "reported")
 
 _ids = itertools.count()
 
@@ -32,9 +30,9 @@ class AllToAll:
     """One-sided all-to-all between the ranks of an expert-parallel group.
 
     A round is `dispatch` and `combine`; each is a send half, which never waits for the round's own messages, and a
-    receive half. The blocking form runs both; the hook form (`dispatch_send`, `combine_send`) leaves the second to
-    the caller, who computes in between. Every rank makes the same calls in the same order; up to `depth` rounds may
-    be open, and a round need not be combined. All memory is fixed at construction. Not for several threads at once.
+    receive half. The blocking form runs both; in the hook form (`dispatch_send`, `combine_send`) the caller computes in
+    between. Every rank makes the same calls in the same order; up to `depth` rounds may be open, and a round need not
+    be combined. All memory is fixed at construction. Not for several threads at once.
 
     Letters in the shapes: T tokens of this call (0 to M), M `max_num_tokens`, K top-k, H hidden, E experts, L local
     experts, R ranks.
@@ -59,27 +57,14 @@ class AllToAll:
         self.rank, self.num_ranks = heap.rank_and_size(group)
         self.config = config
         self.wire = Wire.of(config)
-        shape = shape_of(config, self.num_ranks)
-        layout = native.core().HeapLayout(shape)
-        simd = native.simd_level()
+        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
         self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
         self.heap_bytes: int = layout.total
         self._arguments = Arguments(config, self.wire, self.num_ranks)
         self._rounds = RoundTable(config.depth)
         self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
         self._layout = layout
-        self._engine: Any = native.core().Engine(
-            shape=shape,
-            is_token_major=config.layout == "token_major",
-            scale_format=SCALE_FORMAT_CODE[config.scale_format],
-            output_dtype=DTYPE_CODE[self.wire.output_dtype],
-            hidden=config.hidden,
-            timeout_ns=round(config.timeout_s * 1e9),
-            rank=self.rank,
-            heaps=self._heap.segments,
-            pids=self._heap.pids,
-            simd=simd,
-        )
+        self._engine: Any = make_cpu_engine(config, self._heap)
         self.traced = ops.Traced(self, next(_ids))
 
     engine = "cpu"
@@ -173,9 +158,6 @@ class AllToAll:
 
         Source: DESIGN.md, "The life of a round".
         """
-        if torch.compiler.is_compiling():
-            options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
-            return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
         return self.dispatch_send(
             x,
             topk_ids,
@@ -355,19 +337,4 @@ class AllToAll:
         return self._engine
 
     def _failure(self, op: str, half: str) -> MoebiusError:
-        """The error of the fault that the engine recorded."""
-        fault = self._open().fault()
-        if fault["kind"] == FAULT_ROUTING:
-            return RoutingError(
-                f"`topk_ids[{fault['token']}, {fault['choice']}]` must be -1 or an expert in "
-                f"[0, {self.config.num_experts}) (got {fault['observed']})"
-            )
-        if fault["kind"] == FAULT_TIMEOUT:
-            keys = ("rank", "epoch", "waited_us", "expected", "observed", "via")
-            return PeerTimeoutError(
-                op=op, half=half, reason=REASONS[fault["reason"]], **{key: fault[key] for key in keys}
-            )
-        return ProtocolError(
-            f"{op} {half} of round {fault['epoch']}: rank {fault['rank']} sent what the protocol does not allow "
-            f"(expected epoch {fault['expected']}, observed {fault['observed']})"
-        )
+        return error_of(self._open().fault(), op, half, self.config.num_experts)

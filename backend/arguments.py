@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checks import INDEX_DTYPES, check_index, check_tensor, check_weights, fail, is_row_contiguous
+from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail
 from .config import SCALE_GROUP
-from .errors import ShapeError
 from .wire import DTYPE_CODE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import Config
+    from .errors import ShapeError
     from .wire import Wire
 
 NOT_QUANTISED = -1
@@ -31,8 +32,9 @@ class Arguments:
         self._num_local = config.num_local_experts(num_ranks)
         self._num_rows = num_ranks * config.max_num_tokens
         self._has_weights = config.weights_at == "dispatch"
-        self._x_dtypes = (wire.dtype,)
-        if config.payload == "fp8_e4m3":
+        self._can_quantise = config.payload == "fp8_e4m3"
+        self._x_dtypes: tuple[torch.dtype, ...] = (wire.dtype,)
+        if self._can_quantise:
             self._x_dtypes = (*DTYPE_CODE, torch.float8_e4m3fn)
 
     def dispatch(
@@ -46,52 +48,48 @@ class Arguments:
         Raises:
             ShapeError: names the argument.
         """
-        num_tokens = self._check_x(x)
-        num_topk = self._config.num_topk
-        ids = check_index("topk_ids", topk_ids, num_tokens, num_topk)
+        num_tokens, x_stride = self._check_x(x)
+        shape = (num_tokens, self._config.num_topk)
+        ids = check_matrix("topk_ids", topk_ids, shape, INDEX_DTYPES)
         kept = [x, ids]
         weights_ptr = 0
         if self._has_weights:
-            weights = check_weights("topk_weights", topk_weights, num_tokens, num_topk)
+            weights = check_matrix("topk_weights", topk_weights, shape, FLOAT)
             kept.append(weights)
             weights_ptr = weights.data_ptr()
         elif topk_weights is not None:
             raise fail("topk_weights", "None: this config takes the weights at combine", topk_weights)
 
         x_code, scales_ptr, scales_stride = NOT_QUANTISED, 0, 0
-        if x.dtype in DTYPE_CODE and self._config.payload == "fp8_e4m3":
+        if self._can_quantise and x.dtype in DTYPE_CODE:
             x_code = DTYPE_CODE[x.dtype]
             if scales is not None:
                 raise fail("scales", f"None: x in {x.dtype} is quantised on the way", scales)
         elif self._wire.scale_dtype is not None:
-            self._check_scales(scales, num_tokens)
-            scales_ptr, scales_stride = scales.data_ptr(), scales.stride(0) * scales.element_size()
+            scales_ptr, scales_stride = self._check_scales(scales, num_tokens)
         elif scales is not None:
             raise fail("scales", "None: this payload has no scales", scales)
 
         num_sent = num_tokens
         if num_valid_tokens is not None:
             num_sent = self._read_num_valid(num_valid_tokens, num_tokens)
-        x_stride = x.stride(0) * x.element_size()
         has_int64_ids = ids.dtype is torch.int64
         sent = (x.data_ptr(), x_stride, x_code, scales_ptr, scales_stride, ids.data_ptr(), has_int64_ids)
         return (*sent, weights_ptr, num_sent), num_tokens, kept
 
-    def _check_x(self, x: Any) -> int:
-        """Check x; returns T."""
-        is_opaque = self._config.payload == "opaque"
-        is_matrix = isinstance(x, torch.Tensor) and x.dim() == 2 and x.device.type == "cpu"
-        if not is_matrix or x.layout is not torch.strided or x.shape[0] > self._config.max_num_tokens:
-            raise self._bad_x(x)
-        if is_opaque:
-            if x.shape[1] * x.element_size() != self._wire.payload_bytes:
-                raise self._bad_x(x)
-        elif x.shape[1] != self._wire.payload_len or x.dtype not in self._x_dtypes:
-            raise self._bad_x(x)
-        if not is_row_contiguous(x):
-            raise self._bad_x(x)
-        num_tokens: int = x.shape[0]
-        return num_tokens
+    def _check_x(self, x: Any) -> tuple[int, int]:
+        """Check x; returns T and the bytes from row to row."""
+        # What is no tensor, or no matrix with strides, lacks one of these.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+            num_tokens, length = x.shape
+            if x.is_cpu and num_tokens <= self._config.max_num_tokens:
+                is_opaque = self._config.payload == "opaque"
+                size = x.dtype.itemsize
+                fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
+                row, step = x.stride()
+                if fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous()):
+                    return num_tokens, row * size
+        raise self._bad_x(x)
 
     def _bad_x(self, x: Any) -> ShapeError:
         most = f"[T <= {self._config.max_num_tokens}, "
@@ -100,22 +98,23 @@ class Arguments:
         names = " or ".join(str(dtype) for dtype in self._x_dtypes)
         return fail("x", f"{most}{self._wire.payload_len}] {names} on cpu, contiguous rows", x)
 
-    def _check_scales(self, scales: Any, num_tokens: int) -> None:
-        if self._config.payload == "opaque":
-            is_matrix = isinstance(scales, torch.Tensor) and scales.dim() == 2 and scales.device.type == "cpu"
-            fits = is_matrix and tuple(scales.shape[:1]) == (num_tokens,) and is_row_contiguous(scales)
-            if not fits or scales.shape[1] * scales.element_size() != self._wire.scale_bytes:
-                raise fail("scales", f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu", scales)
-            return
+    def _check_scales(self, scales: Any, num_tokens: int) -> tuple[int, int]:
+        """Check scales that the caller made; returns their address and the bytes from row to row."""
         if self._config.scale_format == "ue8m0":
             raise fail("x", "bf16, fp16 or fp32: UE8M0 scales are made here, with the quantisation", scales)
-        shape = (num_tokens, self._config.hidden // SCALE_GROUP)
-        check_tensor("scales", scales, shape, (torch.float32,), rows=True)
+        dtypes, length = FLOAT, self._config.hidden // SCALE_GROUP
+        if self._config.payload == "opaque":
+            wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu"
+            if not isinstance(scales, torch.Tensor) or scales.layout is not torch.strided:
+                raise fail("scales", wanted, scales)
+            dtypes, length = (scales.dtype,), self._wire.scale_bytes // scales.dtype.itemsize
+        strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True)
+        return scales.data_ptr(), strides[0] * scales.dtype.itemsize
 
     def _read_num_valid(self, num_valid_tokens: Any, num_tokens: int) -> int:
         if not isinstance(num_valid_tokens, torch.Tensor) or num_valid_tokens.numel() != 1:
             raise fail("num_valid_tokens", "a tensor of one int32 or int64", num_valid_tokens)
-        check_tensor("num_valid_tokens", num_valid_tokens, num_valid_tokens.shape, INDEX_DTYPES)
+        check_tensor("num_valid_tokens", num_valid_tokens, tuple(num_valid_tokens.shape), INDEX_DTYPES)
         return min(max(int(num_valid_tokens), 0), num_tokens)
 
     def out(self, out: Any, out_scales: Any) -> None:
@@ -156,10 +155,9 @@ class Arguments:
         wire = self._wire
         is_expert_major = self._config.layout == "expert_major"
         shape = (self._num_local, self._num_rows, wire.hidden) if is_expert_major else (self._num_rows, wire.hidden)
-        check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True)
+        strides = check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True)
         size = wire.output_dtype.itemsize
-        expert_stride = expert_out.stride(0) * size if is_expert_major else 0
-        return expert_out.data_ptr(), expert_stride, expert_out.stride(-2) * size
+        return expert_out.data_ptr(), strides[0] * size if is_expert_major else 0, strides[-2] * size
 
     def combine_weights(self, topk_weights: Any, num_tokens: int) -> Tensor | None:
         """Check the weights that combine is given."""
@@ -167,7 +165,7 @@ class Arguments:
             if topk_weights is not None:
                 raise fail("topk_weights", "None: this config takes the weights at dispatch", topk_weights)
             return None
-        return check_weights("topk_weights", topk_weights, num_tokens, self._config.num_topk)
+        return check_matrix("topk_weights", topk_weights, (num_tokens, self._config.num_topk), FLOAT)
 
     def combined(self, out: Any, num_tokens: int) -> None:
         """Check the tensor that a combine is to be received into."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INDEX_DTYPES = (torch.int64, torch.int32)
+FLOAT = (torch.float32,)
 
 
 def describe(tensor: Any) -> str:
@@ -28,9 +30,9 @@ def fail(name: str, expected: str, tensor: Any) -> ShapeError:
 
 
 def check_tensor(
-    name: str, tensor: Any, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], *, rows: bool = False
-) -> None:
-    """Check a dense CPU tensor of one of `dtypes`; None in `shape` leaves that dimension free.
+    name: str, tensor: Any, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], *, rows: bool = False
+) -> tuple[int, ...]:
+    """Check a dense CPU tensor of one of `dtypes`. On every call's path: each property is read once.
 
     Args:
         name: of the argument.
@@ -39,43 +41,33 @@ def check_tensor(
         dtypes: those allowed.
         rows: only the last dimension has to be contiguous; the others may have any stride.
 
+    Returns:
+        The tensor's strides, in elements.
+
     Raises:
         ShapeError: it is anything else.
     """
-    if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.device.type == "cpu":
-        sizes = tensor.shape
-        if len(sizes) == len(shape) and tensor.layout is torch.strided:
-            fits = all(want is None or have == want for have, want in zip(sizes, shape, strict=True))
-            if fits and (is_row_contiguous(tensor) if rows else tensor.is_contiguous()):
-                return
-    sizes_wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    # What is no tensor, or none with strides, lacks one of these.
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
+            strides: tuple[int, ...] = tensor.stride()
+            if (rows and strides[-1] == 1) or tensor.is_contiguous():
+                return strides
+    sizes = ", ".join(str(size) for size in shape)
     contiguity = "contiguous rows" if rows else "contiguous"
     names = " or ".join(str(dtype) for dtype in dtypes)
-    raise fail(name, f"[{sizes_wanted}] {names} on cpu, {contiguity}", tensor)
+    raise fail(name, f"[{sizes}] {names} on cpu, {contiguity}", tensor)
 
 
-def is_row_contiguous(tensor: Tensor) -> bool:
-    """Whether the last dimension is contiguous and no other runs backwards or overlaps it."""
-    return tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0
+def check_matrix(name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Check a matrix that is small enough to be copied when its rows are not adjacent.
 
-
-def check_index(name: str, tensor: Any, num_rows: int, num_cols: int) -> Tensor:
-    """Check a [num_rows, num_cols] index tensor; returned contiguous, copied if it has to be.
+    Returns:
+        It, contiguous.
 
     Raises:
         ShapeError: shape, dtype or device is another.
     """
-    check_tensor(name, tensor, (num_rows, num_cols), INDEX_DTYPES, rows=True)
+    strides = check_tensor(name, tensor, shape, dtypes, rows=True)
     checked: Tensor = tensor
-    return checked if checked.is_contiguous() else checked.contiguous()
-
-
-def check_weights(name: str, tensor: Any, num_rows: int, num_cols: int) -> Tensor:
-    """Check [num_rows, num_cols] fp32 weights; returned contiguous, copied if they have to be.
-
-    Raises:
-        ShapeError: shape, dtype or device is another.
-    """
-    check_tensor(name, tensor, (num_rows, num_cols), (torch.float32,), rows=True)
-    checked: Tensor = tensor
-    return checked if checked.is_contiguous() else checked.contiguous()
+    return checked if strides[0] == shape[1] else checked.contiguous()

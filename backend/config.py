@@ -105,7 +105,7 @@ class Config:
         if self.payload == "opaque":
             if self.payload_bytes < 16 or self.payload_bytes % 16:
                 raise ConfigError(
-                    f"`payload_bytes` must be a positive multiple of 16 for an opaque payload (got {self.payload_bytes})"
+                    f"`payload_bytes` must be a positive multiple of 16 for payload 'opaque' (got {self.payload_bytes})"
                 )
             if self.scale_bytes % 4:
                 raise ConfigError(f"`scale_bytes` must be a multiple of 4 (got {self.scale_bytes})")
@@ -126,7 +126,8 @@ class Config:
             size = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype)
             if size and self.hidden * size % 16:
                 raise ConfigError(
-                    f"`hidden` must make rows of a multiple of 16 bytes: {self.hidden} x {size} bytes for {what} {dtype}"
+                    f"`hidden` must make rows of a multiple of 16 bytes for {what} {dtype} of {size} bytes "
+                    f"(got {self.hidden})"
                 )
 
     @property
@@ -135,7 +136,7 @@ class Config:
         if self.output is not None:
             return self.output
         if self.payload in ("bf16", "fp16", "fp32"):
-            return self.payload  # type: ignore[return-value]  # narrowed by the line above
+            return self.payload
         return "bf16"
 
     def num_local_experts(self, num_ranks: int) -> int:

@@ -95,7 +95,7 @@ def _host() -> str:
 
 def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: str) -> SymmetricHeap:
     segment_type = native.core().Segment
-    rank, num_ranks = rank_and_size(group)
+    rank, _ = rank_and_size(group)
     mine, error = None, ""
     try:
         mine = segment_type.create(num_bytes)
@@ -107,7 +107,8 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
         for peer, (theirs, *_rest) in enumerate(about):
             if theirs != about[0][0]:
                 raise ConfigError(
-                    f"ranks must agree on their config: expected {about[0][0]!r} as on rank 0 (rank {peer} got {theirs!r})"
+                    f"ranks must agree on their config: expected {about[0][0]!r} as on rank 0 "
+                    f"(rank {peer} got {theirs!r})"
                 )
     segments: list[_core.Segment] = []
     for peer, (_, host, pid, fd, peer_error) in enumerate(about):

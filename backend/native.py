@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from . import env
 from .errors import ConfigError, NativeNotBuiltError
 
-if TYPE_CHECKING:
-    from types import ModuleType
 
-    from . import _core
-
-
-def core() -> type[_core] | ModuleType:
-    """The extension with the layout, shared memory and the CPU engine.
+def core() -> Any:
+    """The extension with the layout, shared memory and the CPU engine; `_core.pyi` types what is in it.
 
     Raises:
         NativeNotBuiltError: it is not there, or does not load.

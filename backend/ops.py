@@ -22,20 +22,29 @@ if TYPE_CHECKING:
 # The only global state of the package: an operator's arguments cannot be objects. Weak, so that it keeps nothing alive.
 _live: weakref.WeakValueDictionary[int, AllToAll] = weakref.WeakValueDictionary()
 
-_library = torch.library.Library("moebius", "DEF")
+_library: Any = torch.library.Library("moebius", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "dispatch_send(Tensor(a!) state, int owner, Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, "
     "Tensor? num_valid_tokens) -> Tensor"
 )
-_library.define("dispatch_recv(Tensor(a!) state, int owner, Tensor round) -> Tensor[]")
+_library.define("dispatch_recv(Tensor(a!) state, int owner, Tensor round) -> (" + ", ".join(["Tensor"] * 8) + ")")
 _library.define(
     "combine_send(Tensor(a!) state, int owner, Tensor round, Tensor expert_out, Tensor? topk_weights) -> Tensor"
 )
 _library.define("combine_recv(Tensor(a!) state, int owner, Tensor round, SymInt num_tokens) -> Tensor")
 
 _pending: weakref.WeakKeyDictionary[AllToAll, dict[int, Any]] = weakref.WeakKeyDictionary()
-EXPERT_MAJOR_ONLY = ("src_info", "layout_range")
-TOKEN_MAJOR_ONLY = ("topk_ids", "topk_weights")
+# Outputs of dispatch_recv, in order; one that a config has none of is an empty tensor there and None to the caller.
+RESULTS = (
+    "x",
+    "scales",
+    "expert_num_tokens",
+    "src_num_tokens",
+    "topk_ids",
+    "topk_weights",
+    "src_info",
+    "layout_range",
+)
 
 
 @dataclasses.dataclass
@@ -90,10 +99,11 @@ class Traced:
         """Register the object under its number."""
         self.number = number
         self.state = torch.zeros(1, dtype=torch.int64)
-        self.names = ("x", "expert_num_tokens", "src_num_tokens")
-        if owner.config.payload == "fp8_e4m3" or owner.config.scale_bytes:
-            self.names += ("scales",)
-        self.names += TOKEN_MAJOR_ONLY if owner.config.layout == "token_major" else EXPERT_MAJOR_ONLY
+        is_token_major = owner.config.layout == "token_major"
+        missing = {"src_info", "layout_range"} if is_token_major else {"topk_ids", "topk_weights"}
+        if owner.wire.scale_dtype is None:
+            missing.add("scales")
+        self.missing = frozenset(missing)
         _live[number] = owner
 
     def dispatch_send(
@@ -111,9 +121,7 @@ class Traced:
     def dispatch_recv(self, begun: Tensor, num_tokens: int) -> TracedDispatched:
         """The operator of `PendingDispatch.receive`."""
         tensors = torch.ops.moebius.dispatch_recv(self.state, self.number, begun)
-        found: dict[str, Any] = dict.fromkeys(("scales", *TOKEN_MAJOR_ONLY, *EXPERT_MAJOR_ONLY))
-        for i, name in enumerate(self.names):
-            found[name] = tensors[i]
+        found: dict[str, Any] = {n: None if n in self.missing else tensors[i] for i, n in enumerate(RESULTS)}
         return TracedDispatched(num_tokens=num_tokens, round=begun, **found)
 
     def combine_send(
@@ -148,12 +156,13 @@ def _dispatch_send(
     return torch.tensor([pending.epoch])
 
 
-def _dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> list[Tensor]:
+def _dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tensor, ...]:
     a2a = _owner(owner)
     slot = int(begun) % a2a.config.depth
     recv = _take(a2a, slot, int(begun)).receive()
     _pending[a2a][slot] = recv
-    return [getattr(recv, name).clone() for name in a2a.traced.names]
+    found = (getattr(recv, name) for name in RESULTS)
+    return tuple(state.new_empty(0) if tensor is None else tensor.clone() for tensor in found)
 
 
 def _combine_send(state: Tensor, owner: int, begun: Tensor, expert_out: Tensor, topk_weights: Tensor | None) -> Tensor:
@@ -177,7 +186,7 @@ def _take(a2a: AllToAll, slot: int, epoch: int) -> Any:
     return found
 
 
-def _fake_dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> list[Tensor]:
+def _fake_dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tensor, ...]:
     a2a = _owner(owner)
     config = a2a.config
     wire = a2a.wire
@@ -195,11 +204,13 @@ def _fake_dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> list[Tensor
         "src_info": ((num_local, num_rows), torch.int32),
         "layout_range": ((num_local, a2a.num_ranks), torch.int64),
     }
-    made = [state.new_empty(shapes[name][0], dtype=shapes[name][1]) for name in a2a.traced.names]
-    if "scales" in a2a.traced.names and not is_token_major and config.payload == "fp8_e4m3":
-        at = a2a.traced.names.index("scales")
-        made[at] = state.new_empty((num_local, wire.scale_len, num_rows), dtype=wire.scale_dtype).transpose(1, 2)
-    return made
+    made = {}
+    for name, (shape, dtype) in shapes.items():
+        is_missing = name in a2a.traced.missing
+        made[name] = state.new_empty(0) if is_missing else state.new_empty(shape, dtype=dtype)
+    if "scales" not in a2a.traced.missing and not is_token_major and config.payload == "fp8_e4m3":
+        made["scales"] = state.new_empty((num_local, wire.scale_len, num_rows), dtype=wire.scale_dtype).transpose(1, 2)
+    return tuple(made[name] for name in RESULTS)
 
 
 def _fake_combine_recv(state: Tensor, owner: int, begun: Tensor, num_tokens: int) -> Tensor:

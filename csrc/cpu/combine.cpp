@@ -1,7 +1,7 @@
-// Combine. Postcondition of send: every row that this rank owes rank s stands in s's combine inbox, at the row that s
-// chose, and then the combine signal of every rank says how many. Of receive: out[t] = sum of t's rows in fp32,
-// ascending rank (or ascending choice, with weights given here), rounded once. Bytes moved by send: one row per
-// (token, rank), or per (token, choice).
+// Combine. Postcondition of send: every row that this rank owes rank s stands in s's combine inbox,
+// at the row that s chose, and then the combine signal of every rank says how many. Of receive:
+// out[t] = sum of t's rows in fp32, ascending rank (or ascending choice, with weights given here),
+// rounded once. Bytes moved by send: one row per (token, rank), or per (token, choice).
 #include <string.h>
 
 #include <algorithm>
@@ -52,7 +52,8 @@ int64_t Engine::reply_each(int slot, int src, int32_t i, const CombineSend& args
   int64_t num_rows = 0;
   for (int k = 0; k < s.num_topk; ++k) {
     if (ids[k] < 0) continue;
-    memcpy(heap(src, layout_.reply(slot, head->reply_row + k)), expert_row(args, ids[k], cell_rows[k]),
+    memcpy(heap(src, layout_.reply(slot, head->reply_row + k)),
+           expert_row(args, ids[k], cell_rows[k]),
            s.reply_bytes);
     ++num_rows;
   }
@@ -69,7 +70,8 @@ bool Engine::combine_send(uint64_t epoch, const CombineSend& args) {
     if (!may_write_to(src, epoch)) return lose(epoch);
     int64_t num_rows = 0;
     for (int32_t c = 0; c < num_received[src]; ++c) {
-      num_rows += s.has_weights ? reply_reduced(slot, src, c, args) : reply_each(slot, src, c, args);
+      num_rows +=
+          s.has_weights ? reply_reduced(slot, src, c, args) : reply_each(slot, src, c, args);
     }
     publish(signal(src, slot, rank_, SignalKind::kCombine), signal_word(epoch, num_received[src]));
     if (src != rank_) remote_bytes_ += num_rows * s.reply_bytes;
@@ -91,7 +93,8 @@ bool Engine::combine_recv(uint64_t epoch, const CombineRecv& args) {
       fail(FaultKind::kTimeout, Reason::kDeadline, src, -1, epoch, 0);
       return lose(epoch);
     }
-    if (!await(src, SignalKind::kCombine, epoch, deadline_ns, &count, args.wait_stats)) return lose(epoch);
+    if (!await(src, SignalKind::kCombine, epoch, deadline_ns, &count, args.wait_stats))
+      return lose(epoch);
     if (count != num_sent[src]) {
       fail_protocol(src, epoch, signal_word(epoch, 0));
       return lose(epoch);
@@ -107,10 +110,14 @@ bool Engine::combine_recv(uint64_t epoch, const CombineRecv& args) {
     for (int64_t k = 0; t < num_valid && k < replies; ++k) {
       if (reply_rows[k] < 0) continue;
       rows[num_rows] = heap(rank_, layout_.reply(slot, reply_rows[k]));
-      weights[num_rows++] = args.topk_weights != nullptr ? args.topk_weights[t * s.num_topk + k] : 1.0f;
+      weights[num_rows++] =
+          args.topk_weights != nullptr ? args.topk_weights[t * s.num_topk + k] : 1.0f;
     }
-    kernels_.weighted_sum(args.out + t * args.out_stride, rows,
-                          args.topk_weights != nullptr ? weights : nullptr, num_rows, config_.hidden,
+    kernels_.weighted_sum(args.out + t * args.out_stride,
+                          rows,
+                          args.topk_weights != nullptr ? weights : nullptr,
+                          num_rows,
+                          config_.hidden,
                           config_.output_dtype);
   }
   return true;

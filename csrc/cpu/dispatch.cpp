@@ -1,6 +1,7 @@
-// Dispatch. Postcondition of send: cell (slot, me, i) at rank d holds the i-th of my tokens that has an expert on d,
-// for all i < n, and then the dispatch signal says n. Of receive, expert_major: the rows of local expert l are the
-// tokens routed to it, in the order (source rank, token). Bytes moved by send: one row per (token, rank).
+// Dispatch. Postcondition of send: cell (slot, me, i) at rank d holds the i-th of my tokens that
+// has an expert on d, for all i < n, and then the dispatch signal says n. Of receive, expert_major:
+// the rows of local expert l are the tokens routed to it, in the order (source rank, token). Bytes
+// moved by send: one row per (token, rank).
 #include <string.h>
 
 #include <algorithm>
@@ -38,8 +39,9 @@ bool Engine::route_ids(const Id* ids, int64_t num_tokens) {
 }
 
 bool Engine::route(const DispatchSend& args) {
-  return args.has_int64_ids ? route_ids(static_cast<const int64_t*>(args.topk_ids), args.num_tokens)
-                            : route_ids(static_cast<const int32_t*>(args.topk_ids), args.num_tokens);
+  return args.has_int64_ids
+             ? route_ids(static_cast<const int64_t*>(args.topk_ids), args.num_tokens)
+             : route_ids(static_cast<const int32_t*>(args.topk_ids), args.num_tokens);
 }
 
 void Engine::quantise_routed(const DispatchSend& args) {
@@ -50,8 +52,12 @@ void Engine::quantise_routed(const DispatchSend& args) {
     const int32_t* ids = &topk_ids_[t * s.num_topk];
     if (std::all_of(ids, ids + s.num_topk, [](int32_t id) { return id < 0; })) continue;
     std::byte* out = quantised_.data() + t * stride;
-    kernels_.quantise(args.x + t * args.x_stride, args.x_dtype, config_.hidden, config_.scale_format,
-                      reinterpret_cast<uint8_t*>(out), out + s.payload_bytes);
+    kernels_.quantise(args.x + t * args.x_stride,
+                      args.x_dtype,
+                      config_.hidden,
+                      config_.scale_format,
+                      reinterpret_cast<uint8_t*>(out),
+                      out + s.payload_bytes);
   }
 }
 
@@ -82,7 +88,9 @@ void Engine::send_cells(int dst, int slot, int32_t reply_base, const DispatchSen
       ids[k] = is_there ? id - first_expert : -1;
     }
     if (s.has_weights) {
-      memcpy(ids + s.num_topk, args.topk_weights + int64_t{t} * s.num_topk, s.num_topk * sizeof(float));
+      memcpy(ids + s.num_topk,
+             args.topk_weights + int64_t{t} * s.num_topk,
+             s.num_topk * sizeof(float));
     }
   }
 }
@@ -166,7 +174,8 @@ void Engine::unpack_cell(int slot, int src, int32_t i, const DispatchRecv& args)
   const std::byte* cell = heap(rank_, layout_.cell(slot, src, i));
   const auto* head = reinterpret_cast<const CellHead*>(cell + layout_.head_in_cell);
   const auto* ids = reinterpret_cast<const int32_t*>(head + 1);
-  int32_t* rows = local(slot, layout_.cell_rows) + (int64_t{src} * s.max_num_tokens + i) * s.num_topk;
+  int32_t* rows =
+      local(slot, layout_.cell_rows) + (int64_t{src} * s.max_num_tokens + i) * s.num_topk;
   for (int k = 0; k < s.num_topk; ++k) {
     rows[k] = -1;
     const int32_t expert = ids[k];
@@ -194,7 +203,8 @@ void Engine::unpack_cell(int slot, int src, int32_t i, const DispatchRecv& args)
 
 void Engine::clean_cells(int slot, int src, int32_t num_tokens) {
   const Shape& s = config_.shape;
-  // Rows that an earlier round used and this one does not must read as unrouted. Fresh memory counts as used.
+  // Rows that an earlier round used and this one does not must read as unrouted. Fresh memory
+  // counts as used.
   int32_t& num_clean = local(slot, layout_.num_clean)[src];
   for (int32_t i = num_tokens; i < s.max_num_tokens - num_clean; ++i) {
     std::byte* head = heap(rank_, layout_.cell(slot, src, i)) + layout_.head_in_cell;

@@ -105,8 +105,13 @@ bool Engine::poll(int src, Signal& signal, uint64_t epoch, int64_t deadline_ns, 
         if ((is_here = signal_arrived(*word, epoch))) break;
         const int culprit = is_dead ? src : find_culprit(src);
         const bool culprit_died = liveness_[culprit].is_dead();
-        fail(FaultKind::kTimeout, culprit_died ? Reason::kDied : Reason::kDeadline, culprit,
-             culprit == src ? -1 : src, epoch, *word, now - start);
+        fail(FaultKind::kTimeout,
+             culprit_died ? Reason::kDied : Reason::kDeadline,
+             culprit,
+             culprit == src ? -1 : src,
+             epoch,
+             *word,
+             now - start);
         break;
       }
     }
@@ -139,9 +144,17 @@ bool Engine::await(int src,
   *count = signal_value(word);
   const bool is_abort = signal_is_abort(word);
   const int64_t limit = is_abort ? config_.shape.num_ranks - 1 : config_.shape.max_num_tokens;
-  if (signal_epoch(word) != epoch || *count > limit) return fail_protocol(src, epoch, word);
+  // A rank that loses a round while it opens it may have written over the word that we wait for.
+  const bool is_expected = signal_epoch(word) == epoch || is_abort;
+  if (!is_expected || *count > limit) return fail_protocol(src, epoch, word);
   if (!is_abort) return true;
-  return fail(FaultKind::kTimeout, Reason::kReported, static_cast<int>(*count), src, epoch, word, waited_ns);
+  return fail(FaultKind::kTimeout,
+              Reason::kReported,
+              static_cast<int>(*count),
+              src,
+              epoch,
+              word,
+              waited_ns);
 }
 
 void Engine::signal_all(uint64_t epoch, SignalKind kind, uint64_t word) {
@@ -179,9 +192,11 @@ bool Engine::close_round(uint64_t epoch, int64_t deadline_ns) {
     if (src == rank_ || is_dead(src)) continue;
     Signal& mine = signal(rank_, layout_.slot_of(epoch), src, SignalKind::kCombine);
     uint64_t word = load_signal(mine);
-    // An abort closes the round too: its sender reads nothing of it any more.
+    // An abort closes the round too, and so does that of a later one: its sender reads nothing of
+    // this one any more.
     if (!signal_arrived(word, epoch) && !poll(src, mine, epoch, deadline_ns, &word)) return false;
-    if (signal_epoch(word) != epoch) return fail_protocol(src, epoch, word);
+    if (signal_epoch(word) != epoch && !signal_is_abort(word))
+      return fail_protocol(src, epoch, word);
   }
   return true;
 }

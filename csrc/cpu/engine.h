@@ -1,7 +1,8 @@
 // The CPU engine: one rank's four halves over heaps that it can address directly.
 //
-// Protocol, order of halves and what happens when a rank fails: DESIGN.md, "The life of a round". Callers
-// (backend/all_to_all.py) see to it that the halves of a round come in order; here only memory is trusted.
+// Protocol, order of halves and what happens when a rank fails: DESIGN.md, "The life of a round".
+// Callers (backend/all_to_all.py) see to it that the halves of a round come in order; here only
+// memory is trusted.
 #pragma once
 
 #include <stdint.h>
@@ -29,16 +30,16 @@ struct EngineConfig {
 };
 
 struct DispatchSend {
-  const std::byte* x;        // [T] rows of payload, or of `x_dtype` to be quantised
-  int64_t x_stride;          // bytes
+  const std::byte* x;  // [T] rows of payload, or of `x_dtype` to be quantised
+  int64_t x_stride;    // bytes
   Encoding encoding;
-  Dtype x_dtype;             // kQuantise only
-  const std::byte* scales;   // [T] rows of scale_bytes; null: none, or made by kQuantise
-  int64_t scales_stride;     // bytes
-  const void* topk_ids;      // [T, K] int32 or int64, contiguous
+  Dtype x_dtype;            // kQuantise only
+  const std::byte* scales;  // [T] rows of scale_bytes; null: none, or made by kQuantise
+  int64_t scales_stride;    // bytes
+  const void* topk_ids;     // [T, K] int32 or int64, contiguous
   bool has_int64_ids;
-  const float* topk_weights; // [T, K] contiguous; null without weights at dispatch
-  int64_t num_tokens;        // T that are sent
+  const float* topk_weights;  // [T, K] contiguous; null without weights at dispatch
+  int64_t num_tokens;         // T that are sent
 };
 
 struct DispatchRecv {
@@ -54,7 +55,7 @@ struct DispatchRecv {
   int32_t* src_num_tokens;     // [R]
   void* expert_stats;          // [L] added to; may be null
   bool has_int64_stats;
-  int64_t* wait_stats;         // [R] ns, added to; may be null
+  int64_t* wait_stats;  // [R] ns, added to; may be null
 };
 
 struct CombineSend {
@@ -77,12 +78,12 @@ enum class Reason : int32_t { kDeadline = 0, kDied = 1, kReported = 2 };
 // Why a half failed; read after it returned false.
 struct Fault {
   FaultKind kind = FaultKind::kNone;
-  int rank = -1;           // to blame
-  int via = -1;            // through whom it was seen
+  int rank = -1;  // to blame
+  int via = -1;   // through whom it was seen
   Reason reason = Reason::kDeadline;
   uint64_t epoch = 0;
-  uint64_t expected = 0;   // epoch
-  int64_t observed = -1;   // epoch in the word, -1 for none; the offending id for kRouting
+  uint64_t expected = 0;  // epoch
+  int64_t observed = -1;  // epoch in the word, -1 for none; the offending id for kRouting
   int64_t waited_ns = 0;
   int64_t token = -1, choice = -1;  // kRouting
 };
@@ -90,11 +91,14 @@ struct Fault {
 class Engine {
  public:
   // `heaps[r]` is rank r's heap, mapped here; `pids[r]` its process, 0 for one of this process.
-  Engine(const EngineConfig& config, int rank, std::vector<std::byte*> heaps, const std::vector<int>& pids,
+  Engine(const EngineConfig& config,
+         int rank,
+         std::vector<std::byte*> heaps,
+         const std::vector<int>& pids,
          const Kernels& kernels);
 
-  // Each returns false on a fault. kRouting changed nothing; after kTimeout the round is lost and closed, and the
-  // rank to blame is masked.
+  // Each returns false on a fault. kRouting changed nothing; after kTimeout the round is lost and
+  // closed, and the rank to blame is masked.
   bool dispatch_send(const DispatchSend& args);
   bool dispatch_recv(uint64_t epoch, const DispatchRecv& args);
   bool combine_send(uint64_t epoch, const CombineSend& args);
@@ -105,15 +109,27 @@ class Engine {
   void mask(int rank, bool is_dead);
   const Fault& fault() const { return fault_; }
   const HeapLayout& layout() const { return layout_; }
-  int64_t remote_bytes() const { return remote_bytes_; }  // sent to other ranks so far, headers included
+  int64_t remote_bytes() const {
+    return remote_bytes_;
+  }  // sent to other ranks so far, headers included
 
  private:
   // Waits for the signal of `src`, kind and epoch; false on a fault (recorded, the culprit masked).
-  bool await(int src, SignalKind kind, uint64_t epoch, int64_t deadline_ns, int64_t* count,
+  bool await(int src,
+             SignalKind kind,
+             uint64_t epoch,
+             int64_t deadline_ns,
+             int64_t* count,
              int64_t* wait_stats);
-  // Waits until the word of `epoch` is there; false with the reason in `fault_` when it will not come.
+  // Waits until the word of `epoch` is there; false with the reason in `fault_` when it will not
+  // come.
   bool poll(int src, Signal& signal, uint64_t epoch, int64_t deadline_ns, uint64_t* word);
-  bool fail(FaultKind kind, Reason reason, int rank, int via, uint64_t epoch, uint64_t word,
+  bool fail(FaultKind kind,
+            Reason reason,
+            int rank,
+            int via,
+            uint64_t epoch,
+            uint64_t word,
             int64_t waited_ns = 0);
   bool fail_protocol(int src, uint64_t epoch, uint64_t word) {
     return fail(FaultKind::kProtocol, Reason::kDeadline, src, -1, epoch, word);
@@ -125,7 +141,8 @@ class Engine {
   bool close_round(uint64_t epoch, int64_t deadline_ns);
   void signal_all(uint64_t epoch, SignalKind kind, uint64_t word);
   bool has_given_up(int who, int rank) const;
-  // False, with the fault, when `dst` has given this rank up: its memory may serve other rounds by now.
+  // False, with the fault, when `dst` has given this rank up: its memory may serve other rounds by
+  // now.
   bool may_write_to(int dst, uint64_t epoch);
 
   bool route(const DispatchSend& args);
@@ -143,7 +160,9 @@ class Engine {
   int64_t reply_each(int slot, int src, int32_t i, const CombineSend& args);
 
   std::byte* heap(int rank, int64_t offset) const { return heaps_[rank] + offset; }
-  Control& control(int rank) const { return *reinterpret_cast<Control*>(heap(rank, layout_.control)); }
+  Control& control(int rank) const {
+    return *reinterpret_cast<Control*>(heap(rank, layout_.control));
+  }
   Signal& signal(int at, int slot, int src, SignalKind kind) const {
     return *reinterpret_cast<Signal*>(heap(at, layout_.signal(slot, src, kind)));
   }

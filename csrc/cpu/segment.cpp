@@ -21,7 +21,8 @@ namespace {
 }  // namespace
 
 Segment::Segment(int fd, int64_t num_bytes) : num_bytes_(num_bytes), fd_(fd) {
-  void* data = mmap(nullptr, static_cast<size_t>(num_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  void* data =
+      mmap(nullptr, static_cast<size_t>(num_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (data == MAP_FAILED) {
     const int error = errno;
     close_fd();

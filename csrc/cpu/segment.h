@@ -8,8 +8,8 @@
 
 namespace moebius::cpu {
 
-// Owns one mapping. The memory is nameless from its first moment (memfd), so no crash at any time can leave
-// anything in /dev/shm, and a container's small /dev/shm does not limit it.
+// Owns one mapping. The memory is nameless from its first moment (memfd), so no crash at any time
+// can leave anything in /dev/shm, and a container's small /dev/shm does not limit it.
 class Segment {
  public:
   // New zeroed memory, shareable through `fd()` until `close_fd()`. Throws std::system_error.
@@ -36,10 +36,12 @@ class Segment {
   int fd_ = -1;
 };
 
-// Tells whether a process of this host is still there, without signals and immune to reused process ids.
+// Tells whether a process of this host is still there, without signals and immune to reused process
+// ids.
 class Liveness {
  public:
-  // Watches `pid`; 0 watches nothing and is always alive. Where the kernel has no pidfd, nothing is watched.
+  // Watches `pid`; 0 watches nothing and is always alive. Where the kernel has no pidfd, nothing is
+  // watched.
   explicit Liveness(int pid);
   Liveness(Liveness&& other) noexcept;
   Liveness& operator=(Liveness&&) = delete;

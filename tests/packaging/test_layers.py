@@ -11,7 +11,8 @@ from tests.packaging.tree import ROOT
 LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
-    {"group", "heap", "results", "rounds"},
+    {"checks", "faults", "wire"},
+    {"arguments", "engines", "group", "heap", "plan", "results", "rounds", "slots"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)
@@ -32,11 +33,20 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """Absolute names of all that a module imports, at its top or inside a function."""
+    """Absolute names of all that a module imports to run, at its top or inside a function."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

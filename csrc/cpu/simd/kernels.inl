@@ -1,5 +1,5 @@
-// The kernels over vectors of MOEBIUS_SIMD_BYTES, included once per instruction set. The vectors are the
-// compiler's own (GCC and clang), so the same lines serve x86 and arm64.
+// The kernels over vectors of MOEBIUS_SIMD_BYTES, included once per instruction set. The vectors
+// are the compiler's own (GCC and clang), so the same lines serve x86 and arm64.
 
 namespace moebius::cpu {
 namespace {
@@ -17,7 +17,9 @@ inline U32 bits_of(F32 f) { return (U32)f; }
 inline F32 float_of(U32 u) { return (F32)u; }
 inline U32 splat(uint32_t u) { return U32{} + u; }
 inline U32 select(I32 mask, U32 yes, U32 no) { return ((U32)mask & yes) | (~(U32)mask & no); }
-inline F32 select(I32 mask, F32 yes, F32 no) { return float_of(select(mask, bits_of(yes), bits_of(no))); }
+inline F32 select(I32 mask, F32 yes, F32 no) {
+  return float_of(select(mask, bits_of(yes), bits_of(no)));
+}
 inline U32 magnitude(U32 u) { return u & 0x7fffffffu; }
 // Signed comparison is right for magnitudes, whose top bit is clear, and is the one the CPU has.
 inline I32 is_above(U32 magnitude_bits, uint32_t limit) {
@@ -72,9 +74,11 @@ struct Format<Dtype::kFp16> {
   static U16 narrow(F32 f) {
     const U32 u = bits_of(f);
     const U32 a = magnitude(u);
-    // 65520 and above round to infinity, which the carry into the exponent yields by itself below 65536.
+    // 65520 and above round to infinity, which the carry into the exponent yields by itself below
+    // 65536.
     const U32 normal = (a + (0xfffu - (112u << 23)) + ((a >> 13) & 1u)) >> 13;
-    // Adding 0.5 leaves the subnormal's 10 bits at the bottom of the mantissa, rounded by the addition.
+    // Adding 0.5 leaves the subnormal's 10 bits at the bottom of the mantissa, rounded by the
+    // addition.
     const U32 tiny = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
     const U32 special = select(is_above(a, 0x7f800000u), splat(0x7e00u), splat(0x7c00u));
     const U32 finite = select(is_above(a, 0x387fffffu), normal, tiny);
@@ -90,8 +94,8 @@ inline F32 load(const std::byte* p) {
 
 // `kVectors` vectors at `offset`, kept in registers across the rows.
 template <Dtype kDtype, int kVectors>
-inline void sum_block(std::byte* out, const void* const* rows, const float* weights, int num_rows,
-                      int64_t offset) {
+inline void sum_block(
+    std::byte* out, const void* const* rows, const float* weights, int num_rows, int64_t offset) {
   constexpr int kStep = sizeof(typename Format<kDtype>::Raw);
   F32 sums[kVectors] = {};
   for (int r = 0; r < num_rows; ++r) {
@@ -109,7 +113,8 @@ inline void sum_block(std::byte* out, const void* const* rows, const float* weig
 }
 
 template <Dtype kDtype>
-void sum_rows(void* out, const void* const* rows, const float* weights, int num_rows, int64_t hidden) {
+void sum_rows(
+    void* out, const void* const* rows, const float* weights, int num_rows, int64_t hidden) {
   constexpr int kStep = sizeof(typename Format<kDtype>::Raw);
   constexpr int kVectors = 4;
   std::byte* const dst = static_cast<std::byte*>(out);
@@ -135,12 +140,19 @@ void sum_rows(void* out, const void* const* rows, const float* weights, int num_
   memcpy(dst + offset, &raw, tail_bytes);
 }
 
-void weighted_sum(void* out, const void* const* rows, const float* weights, int num_rows, int64_t hidden,
+void weighted_sum(void* out,
+                  const void* const* rows,
+                  const float* weights,
+                  int num_rows,
+                  int64_t hidden,
                   Dtype dtype) {
   switch (dtype) {
-    case Dtype::kBf16: return sum_rows<Dtype::kBf16>(out, rows, weights, num_rows, hidden);
-    case Dtype::kFp16: return sum_rows<Dtype::kFp16>(out, rows, weights, num_rows, hidden);
-    case Dtype::kFp32: return sum_rows<Dtype::kFp32>(out, rows, weights, num_rows, hidden);
+    case Dtype::kBf16:
+      return sum_rows<Dtype::kBf16>(out, rows, weights, num_rows, hidden);
+    case Dtype::kFp16:
+      return sum_rows<Dtype::kFp16>(out, rows, weights, num_rows, hidden);
+    case Dtype::kFp32:
+      return sum_rows<Dtype::kFp32>(out, rows, weights, num_rows, hidden);
   }
 }
 
@@ -151,7 +163,8 @@ inline U8 e4m3_of(F32 f) {
   const I32 is_nan = is_above(full, 0x7f800000u);
   const U32 a = select(is_above(full, 0x43e00000u), splat(0x43e00000u), full);  // 448
   const U32 normal = (a + (0x7ffffu - (120u << 23)) + ((a >> 20) & 1u)) >> 20;
-  // Adding 2^14 leaves the subnormal's 3 bits at the bottom of the mantissa, rounded by the addition.
+  // Adding 2^14 leaves the subnormal's 3 bits at the bottom of the mantissa, rounded by the
+  // addition.
   const U32 tiny = bits_of(float_of(a) + 16384.0f) - 0x46800000u;
   const U32 finite = select(is_above(a, 0x3c7fffffu), normal, tiny);  // 2^-6 and above are normal
   return __builtin_convertvector(select(is_nan, splat(0x7fu), finite) | ((u >> 24) & 0x80u), U8);
@@ -182,18 +195,23 @@ void quantise_rows(const void* x, int64_t hidden, ScaleFormat format, uint8_t* o
       const uint32_t up = exponent << 23;
       memcpy(&scale, &up, sizeof scale);
       inverse = 1.0f / scale;
-      if (format == ScaleFormat::kUe8m0) static_cast<uint8_t*>(scales)[group] = static_cast<uint8_t>(exponent);
+      if (format == ScaleFormat::kUe8m0)
+        static_cast<uint8_t*>(scales)[group] = static_cast<uint8_t>(exponent);
     }
     if (format != ScaleFormat::kUe8m0) static_cast<float*>(scales)[group] = scale;
     for (int v = 0; v < kVectors; ++v, out += kWidth) write(out, e4m3_of(values[v] * inverse));
   }
 }
 
-void quantise(const void* x, Dtype dtype, int64_t hidden, ScaleFormat format, uint8_t* out, void* scales) {
+void quantise(
+    const void* x, Dtype dtype, int64_t hidden, ScaleFormat format, uint8_t* out, void* scales) {
   switch (dtype) {
-    case Dtype::kBf16: return quantise_rows<Dtype::kBf16>(x, hidden, format, out, scales);
-    case Dtype::kFp16: return quantise_rows<Dtype::kFp16>(x, hidden, format, out, scales);
-    case Dtype::kFp32: return quantise_rows<Dtype::kFp32>(x, hidden, format, out, scales);
+    case Dtype::kBf16:
+      return quantise_rows<Dtype::kBf16>(x, hidden, format, out, scales);
+    case Dtype::kFp16:
+      return quantise_rows<Dtype::kFp16>(x, hidden, format, out, scales);
+    case Dtype::kFp32:
+      return quantise_rows<Dtype::kFp32>(x, hidden, format, out, scales);
   }
 }
 
