@@ -88,9 +88,12 @@ bool Engine::combine_recv(uint64_t epoch, const CombineRecv& args) {
     if (num_sent[src] == 0) continue;  // owes us nothing; the closing wait will look for its signal
     int64_t count = 0;
     if (is_dead(src)) {
-      // Given up in a later half than it was sent to: its rows will not come.
-      fail(FaultKind::kTimeout, Reason::kDeadline, src, -1, epoch, 0);
-      return lose(epoch);
+      // Given up after it was sent to. What it said before still holds.
+      const uint64_t word = load_signal(signal(rank_, slot, src, SignalKind::kCombine));
+      if (!signal_arrived(word, epoch)) {
+        fail(FaultKind::kTimeout, Reason::kDeadline, src, -1, epoch, word);
+        return lose(epoch);
+      }
     }
     if (!await(src, SignalKind::kCombine, epoch, &count, args.wait_stats)) return lose(epoch);
     if (count != num_sent[src]) {
