@@ -17,6 +17,8 @@ from .errors import (
     RoutingError,
     ShapeError,
     StateError,
+    UnknownKeywordError,
+    UnsupportedError,
 )
 from .group import VirtualRank, virtual_ranks
 from .plan import Plan, plan
@@ -38,6 +40,8 @@ __all__ = [
     "RoutingError",
     "ShapeError",
     "StateError",
+    "UnknownKeywordError",
+    "UnsupportedError",
     "VirtualRank",
     "__version__",
     "plan",

@@ -83,18 +83,19 @@ bool Engine::combine_send(uint64_t epoch, const CombineSend& args) {
 bool Engine::combine_recv(uint64_t epoch, const CombineRecv& args) {
   const Shape& s = config_.shape;
   const int slot = layout_.slot_of(epoch);
-  const int64_t deadline_ns = now_ns() + config_.timeout_ns;
   const int32_t* num_sent = local(slot, layout_.num_sent);
   for (int src = 0; src < s.num_ranks; ++src) {
     if (num_sent[src] == 0) continue;  // owes us nothing; the closing wait will look for its signal
     int64_t count = 0;
     if (is_dead(src)) {
-      // Given up in a later half than it was sent to: its rows will not come.
-      fail(FaultKind::kTimeout, Reason::kDeadline, src, -1, epoch, 0);
-      return lose(epoch);
+      // Given up after it was sent to. What it said before still holds.
+      const uint64_t word = load_signal(signal(rank_, slot, src, SignalKind::kCombine));
+      if (!signal_arrived(word, epoch)) {
+        fail(FaultKind::kTimeout, Reason::kDeadline, src, -1, epoch, word);
+        return lose(epoch);
+      }
     }
-    if (!await(src, SignalKind::kCombine, epoch, deadline_ns, &count, args.wait_stats))
-      return lose(epoch);
+    if (!await(src, SignalKind::kCombine, epoch, &count, args.wait_stats)) return lose(epoch);
     if (count != num_sent[src]) {
       fail_protocol(src, epoch, signal_word(epoch, 0));
       return lose(epoch);

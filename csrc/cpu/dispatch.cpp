@@ -102,8 +102,7 @@ bool Engine::dispatch_send(const DispatchSend& args) {
   Control& self = control(rank_);
   const uint64_t epoch = self.epoch;
   const int slot = layout_.slot_of(epoch);
-  if (epoch >= static_cast<uint64_t>(s.depth) &&
-      !close_round(epoch - s.depth, now_ns() + config_.timeout_ns)) {
+  if (epoch >= static_cast<uint64_t>(s.depth) && !close_round(epoch - s.depth)) {
     return lose(epoch);
   }
   // From here on the slot is ours: nobody reads what it held before.
@@ -229,15 +228,13 @@ bool Engine::dispatch_recv(uint64_t epoch, const DispatchRecv& args) {
   const Shape& s = config_.shape;
   const int slot = layout_.slot_of(epoch);
   const int num_local = s.num_local_experts();
-  const int64_t deadline_ns = now_ns() + config_.timeout_ns;
   int32_t* num_received = local(slot, layout_.num_received);
   std::fill(args.expert_num_tokens, args.expert_num_tokens + num_local, 0);
 
   // In rank order, which fixes the order of the rows; what comes later is waited for later.
   for (int src = 0; src < s.num_ranks; ++src) {
     int64_t count = 0;
-    if (!is_dead(src) &&
-        !await(src, SignalKind::kDispatch, epoch, deadline_ns, &count, args.wait_stats)) {
+    if (!is_dead(src) && !await(src, SignalKind::kDispatch, epoch, &count, args.wait_stats)) {
       return lose(epoch);
     }
     const int32_t num_tokens = static_cast<int32_t>(count);

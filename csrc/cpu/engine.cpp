@@ -8,7 +8,10 @@
 namespace moebius::cpu {
 namespace {
 
-constexpr int64_t kSliceNs = 2'000'000;  // between looks at the deadline and at the peer's process
+constexpr int64_t kSliceNs = 2'000'000;  // between looks at the peer and its process
+// However long a source is held up by others, a wait ends after this many timeouts: one of its own,
+// one of the rank that it waits for, and one to spare.
+constexpr int64_t kMostTimeouts = 3;
 
 }  // namespace
 
@@ -79,7 +82,7 @@ int Engine::find_culprit(int src) const {
   return src;  // a circle: each waits for the next
 }
 
-bool Engine::poll(int src, Signal& signal, uint64_t epoch, int64_t deadline_ns, uint64_t* word) {
+bool Engine::poll(int src, Signal& signal, uint64_t epoch, uint64_t* word) {
   const int64_t start = now_ns();
   for (int i = 0; policy_.spin_ns > 0; ++i) {
     *word = load_signal(signal);
@@ -90,53 +93,54 @@ bool Engine::poll(int src, Signal& signal, uint64_t epoch, int64_t deadline_ns, 
   }
   Control& self = control(rank_);
   __atomic_store_n(&self.awaiting, signal_word(epoch, src), __ATOMIC_RELEASE);
+  const int64_t limit_ns = start + kMostTimeouts * config_.timeout_ns;
+  int64_t deadline_ns = start + config_.timeout_ns;
+  int64_t next_look_ns = start + kSliceNs;
   bool is_here = false;
-  int64_t next_look = start + kSliceNs;
   for (;;) {
     *word = load_signal(signal);
     if ((is_here = signal_arrived(*word, epoch))) break;
     const int64_t now = now_ns();
-    if (now > deadline_ns || now > next_look) {
-      next_look = now + kSliceNs;
+    if (now > next_look_ns || now > deadline_ns) {
+      next_look_ns = now + kSliceNs;
+      const int culprit = find_culprit(src);
+      // The time in which the source is itself held up is not counted against it.
+      if (culprit != src) deadline_ns = std::min(now + config_.timeout_ns, limit_ns);
       const bool is_dead = liveness_[src].is_dead();
-      if (is_dead || now > deadline_ns) {
+      const bool is_refused = has_given_up(src, rank_);
+      if (is_dead || is_refused || now > deadline_ns) {
         // It may have signalled as its last act.
         *word = load_signal(signal);
         if ((is_here = signal_arrived(*word, epoch))) break;
-        const int culprit = is_dead ? src : find_culprit(src);
-        const bool culprit_died = liveness_[culprit].is_dead();
-        fail(FaultKind::kTimeout,
-             culprit_died ? Reason::kDied : Reason::kDeadline,
-             culprit,
-             culprit == src ? -1 : src,
-             epoch,
-             *word,
-             now - start);
+        const int64_t waited_ns = now - start;
+        if (is_dead) {
+          fail(FaultKind::kTimeout, Reason::kDied, src, -1, epoch, *word, waited_ns);
+        } else if (is_refused) {
+          fail(FaultKind::kTimeout, Reason::kReported, rank_, src, epoch, *word, waited_ns);
+        } else {
+          const int via = culprit == src ? -1 : src;
+          fail(FaultKind::kTimeout, Reason::kDeadline, culprit, via, epoch, *word, waited_ns);
+        }
         break;
       }
     }
     if (now - start < policy_.spin_ns + policy_.yield_ns) {
       sched_yield();
     } else {
-      sleep_on(signal, *word, std::min(kSliceNs, deadline_ns - now));
+      sleep_on(signal, *word, std::min(kSliceNs, std::max<int64_t>(deadline_ns - now, 1)));
     }
   }
   __atomic_store_n(&self.awaiting, uint64_t{0}, __ATOMIC_RELEASE);
   return is_here;
 }
 
-bool Engine::await(int src,
-                   SignalKind kind,
-                   uint64_t epoch,
-                   int64_t deadline_ns,
-                   int64_t* count,
-                   int64_t* wait_stats) {
+bool Engine::await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int64_t* wait_stats) {
   Signal& mine = signal(rank_, layout_.slot_of(epoch), src, kind);
   uint64_t word = load_signal(mine);
   int64_t waited_ns = 0;
   if (!signal_arrived(word, epoch)) {
     const int64_t start = now_ns();
-    const bool is_here = poll(src, mine, epoch, deadline_ns, &word);
+    const bool is_here = poll(src, mine, epoch, &word);
     waited_ns = now_ns() - start;
     if (wait_stats != nullptr) wait_stats[src] += waited_ns;
     if (!is_here) return false;
@@ -181,7 +185,7 @@ bool Engine::lose(uint64_t epoch) {
   return false;
 }
 
-bool Engine::close_round(uint64_t epoch, int64_t deadline_ns) {
+bool Engine::close_round(uint64_t epoch) {
   uint64_t& combined = control(rank_).combined[layout_.slot_of(epoch)];
   if (combined != epoch + 1) {
     // Never combined: the empty combine.
@@ -194,7 +198,7 @@ bool Engine::close_round(uint64_t epoch, int64_t deadline_ns) {
     uint64_t word = load_signal(mine);
     // An abort closes the round too, and so does that of a later one: its sender reads nothing of
     // this one any more.
-    if (!signal_arrived(word, epoch) && !poll(src, mine, epoch, deadline_ns, &word)) return false;
+    if (!signal_arrived(word, epoch) && !poll(src, mine, epoch, &word)) return false;
     if (signal_epoch(word) != epoch && !signal_is_abort(word))
       return fail_protocol(src, epoch, word);
   }

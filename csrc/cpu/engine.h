@@ -115,15 +115,10 @@ class Engine {
 
  private:
   // Waits for the signal of `src`, kind and epoch; false on a fault (recorded, the culprit masked).
-  bool await(int src,
-             SignalKind kind,
-             uint64_t epoch,
-             int64_t deadline_ns,
-             int64_t* count,
-             int64_t* wait_stats);
+  bool await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int64_t* wait_stats);
   // Waits until the word of `epoch` is there; false with the reason in `fault_` when it will not
   // come.
-  bool poll(int src, Signal& signal, uint64_t epoch, int64_t deadline_ns, uint64_t* word);
+  bool poll(int src, Signal& signal, uint64_t epoch, uint64_t* word);
   bool fail(FaultKind kind,
             Reason reason,
             int rank,
@@ -134,11 +129,12 @@ class Engine {
   bool fail_protocol(int src, uint64_t epoch, uint64_t word) {
     return fail(FaultKind::kProtocol, Reason::kDeadline, src, -1, epoch, word);
   }
-  // Who holds `src` up: follows the ranks that wait for one another.
+  // Who holds `src` up: follows the ranks that wait for one another. `src` itself if it waits for
+  // nobody, or for us.
   int find_culprit(int src) const;
   // Closes a round that this rank gives up: tells whoever may wait for it. Returns false.
   bool lose(uint64_t epoch);
-  bool close_round(uint64_t epoch, int64_t deadline_ns);
+  bool close_round(uint64_t epoch);
   void signal_all(uint64_t epoch, SignalKind kind, uint64_t word);
   bool has_given_up(int who, int rank) const;
   // False, with the fault, when `dst` has given this rank up: its memory may serve other rounds by

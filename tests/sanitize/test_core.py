@@ -18,7 +18,15 @@ def test_core_is_clean_under(sanitizer: str, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "core_test"
-    build = [compiler, *FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *SOURCES, "-o", program]
+    build: list[str | Path] = [
+        compiler,
+        *FLAGS,
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        *SOURCES,
+        "-o",
+        program,
+    ]
     subprocess.run(build, check=True, timeout=300)
     ran = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
