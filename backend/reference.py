@@ -7,12 +7,15 @@ a separately rounded multiply and add, and nothing depends on how torch orders a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .config import SCALE_GROUP, Config, ScaleFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero group finite; the value DeepEP chose
@@ -132,8 +135,8 @@ def dequantize_fp8(quantized: Tensor, scales: Tensor) -> Tensor:
     """fp32 values of FP8 rows and their scales (fp32 or packed)."""
     if scales.dtype == torch.int32:
         scales = unpack_ue8m0(scales)
-    groups = quantized.to(torch.float32).unflatten(-1, (-1, SCALE_GROUP))
-    return (groups * scales[..., None]).flatten(-2)
+    groups = quantized.to(torch.float32).reshape(*scales.shape, SCALE_GROUP)
+    return (groups * scales[..., None]).reshape(quantized.shape)
 
 
 def wire_rows(config: Config, inputs: RankInput) -> tuple[Tensor, Tensor | None]:
@@ -192,22 +195,18 @@ def _dispatch_to(config: Config, inputs: Sequence[RankInput], rank: int) -> Rank
 
     def place(part: int) -> Tensor | None:
         """Rows (part 0) or scales (part 1) in the layout asked for."""
-        like = wires[0][part]
-        if like is None or like.shape[1] == 0:
+        rows = [each for wire in wires if (each := wire[part]) is not None and each.shape[1] > 0]
+        if len(rows) < num_ranks:
             return None
         if config.layout == "token_major":
-            placed = like.new_zeros(num_rows, like.shape[1])
+            placed = rows[0].new_zeros(num_rows, rows[0].shape[1])
             for source, tokens in enumerate(sent):
-                wire = wires[source][part]
-                assert wire is not None
-                placed[source * capacity : source * capacity + tokens.numel()] = wire[tokens]
+                placed[source * capacity : source * capacity + tokens.numel()] = rows[source][tokens]
             return placed
-        placed = like.new_zeros(num_local, num_rows, like.shape[1])
+        placed = rows[0].new_zeros(num_local, num_rows, rows[0].shape[1])
         for expert in range(num_local):
             for source, tokens in origin[expert]:
-                wire = wires[source][part]
-                assert wire is not None
-                placed[expert, row_of[expert, source, tokens]] = wire[tokens]
+                placed[expert, row_of[expert, source, tokens]] = rows[source][tokens]
         return placed
 
     x = place(0)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import atexit
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moebius
 from moebius import AllToAll, Config
 from tests.helpers.launch import RankPool, in_threads
-from tests.helpers.skew import Skew
+
+if TYPE_CHECKING:
+    from tests.helpers.skew import Skew
 
 Program = Callable[..., Generator[None, None, Any]]
 Run = Callable[[Config, int, Program, Sequence[tuple[Any, ...]], "Skew | None"], list[Any]]

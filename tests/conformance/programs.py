@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +9,12 @@ from torch import Tensor
 
 from moebius.reference import RankInput, dequantize_fp8
 from tests.helpers.rounds import Halves, RankRound, Result, copied, dispatch_arguments
-from tests.helpers.schedules import Half
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
     from moebius import AllToAll, Dispatched
+    from tests.helpers.schedules import Half
 
 
 def whole_rounds(a2a: AllToAll, rounds: Sequence[RankRound], blocking: bool = False) -> Generator[None, None, Result]:
@@ -55,8 +56,7 @@ def computed(a2a: AllToAll, batches: Sequence[RankInput]) -> Generator[None, Non
     """Rounds whose experts compute from the token alone: what comes back depends on the token and its experts."""
     combined = []
     for inputs in batches:
-        positional, options = dispatch_arguments(a2a.config, inputs)
-        pending = a2a.dispatch_send(*positional, **options)
+        pending = a2a.dispatch_send(**dispatch_arguments(a2a.config, inputs))
         yield
         recv = pending.receive()
         weights = inputs.topk_weights if a2a.config.weights_at == "combine" else None
@@ -102,8 +102,8 @@ class Strided(Halves):
         plain = super().inputs(number)
         return RankInput(
             x=spread(plain.x),
-            topk_ids=plain.topk_ids,
-            topk_weights=plain.topk_weights,
+            topk_ids=spread(plain.topk_ids),
+            topk_weights=spread(plain.topk_weights),
             scales=None if plain.scales is None else spread(plain.scales),
             num_valid_tokens=plain.num_valid_tokens,
         )
@@ -155,9 +155,7 @@ class Into(Halves):
         weights = round_.inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
         tokens = round_.inputs.num_tokens
         self.home = torch.full((tokens, self._a2a.config.hidden), 7.0, dtype=round_.expert_out.dtype)
-        self._combines[number] = self._a2a.combine_send(
-            round_.expert_out, self.live[number], weights, out=self.home
-        )
+        self._combines[number] = self._a2a.combine_send(round_.expert_out, self.live[number], weights, out=self.home)
 
     def combine_receive(self, number: int) -> None:
         super().combine_receive(number)
@@ -175,8 +173,8 @@ def measured(
     stats = torch.ones(a2a.config.num_local_experts(a2a.num_ranks), dtype=dtype)
     waits = [torch.zeros(a2a.num_ranks, dtype=torch.int64) for _ in range(2)]
     for number, round_ in enumerate(rounds):
-        positional, options = dispatch_arguments(a2a.config, round_.inputs)
-        pending = a2a.dispatch_send(*positional, **options, expert_stats=stats, wait_stats=waits[0])
+        arguments = dispatch_arguments(a2a.config, round_.inputs)
+        pending = a2a.dispatch_send(**arguments, expert_stats=stats, wait_stats=waits[0])
         yield
         halves.live[number] = pending.receive()
         pending.receive()  # again: the same result, counted once

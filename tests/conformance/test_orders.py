@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +18,8 @@ from tests.helpers.schedules import Half, drifting, legal_orders
 from tests.helpers.skew import Skew
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
     from moebius import AllToAll, Config
 
 # Rounds that are combined (C) and rounds that are only dispatched (D).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,7 @@ def test_blocking_calls(engine: Engine, mode: str) -> None:
 @concurrent
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_300_rounds_with_any_tokens(engine: Engine, num_ranks: int) -> None:
-    case = Case(
-        num_ranks=num_ranks, num_experts=2 * num_ranks, num_topk=3, max_num_tokens=6, hidden=32, routing="any"
-    )
+    case = Case(num_ranks=num_ranks, num_experts=2 * num_ranks, num_topk=3, max_num_tokens=6, hidden=32, routing="any")
     check_rounds(engine, case, 300, Skew(300, longest_s=5e-4))
 
 
@@ -66,19 +65,18 @@ def batch_of(size: int, at: int, token: RankInput, case: Case, number: int) -> l
     """Rank 0 sends `token` as its row `at` among `size`; the other ranks send something, or nothing if it is alone."""
     others = dataclasses.replace(case, routing="full").inputs(number)
     batch = [dataclasses.replace(other, **rows(other, 0)) for other in others] if size == 1 else others
-    mine = others[0]
-    batch[0] = dataclasses.replace(
-        mine,
-        **{name: with_row(value[:size], at, getattr(token, name)) for name, value in tensors(mine).items()},
-    )
+    changed = rows(others[0], size)
+    for name, value in tensors(token).items():
+        changed[name] = with_row(changed[name], at, value)
+    batch[0] = dataclasses.replace(others[0], **changed)
     return batch
 
 
-def tensors(inputs: RankInput) -> dict[str, Tensor]:
+def tensors(inputs: RankInput) -> dict[str, Any]:
     return {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
 
 
-def rows(inputs: RankInput, count: int) -> dict[str, Tensor]:
+def rows(inputs: RankInput, count: int) -> dict[str, Any]:
     return {name: value[:count] for name, value in tensors(inputs).items()}
 
 
@@ -247,9 +245,7 @@ def test_every_value_combined(monkeypatch: pytest.MonkeyPatch, simd: str, payloa
         given.topk_weights[::3] = special(given.topk_weights[::3].shape, torch.float32, numbers)
     for rank, rows_out in enumerate(expected.expert_out):
         expected.expert_out[rank] = special(rows_out.shape, rows_out.dtype, numbers)
-    expected.combined[:] = reference.combine(
-        case.config(), expected.inputs, expected.dispatched, expected.expert_out
-    )
+    expected.combined[:] = reference.combine(case.config(), expected.inputs, expected.dispatched, expected.expert_out)
     assert any(bool(rows_back.isnan().any()) for rows_back in expected.combined)
     arguments = [(of_rank([expected], rank),) for rank in range(2)]
     results = ENGINES["cpu-single"].run(case.config(), 2, whole_rounds, arguments, None)

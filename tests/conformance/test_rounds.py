@@ -10,15 +10,17 @@ import pytest
 from tests.conformance.engines import ENGINES, Engine
 from tests.conformance.programs import whole_rounds
 from tests.helpers.cases import MODES, PAYLOADS, Case
-from tests.helpers.routing import ROUTINGS
 from tests.helpers.rounds import Expected, check_rank, expect, of_rank
+from tests.helpers.routing import ROUTINGS
 
 SIZES = {1: 4, 2: 8, 3: 9, 4: 16}  # ranks: experts
 
 
 def cases() -> list[Case]:
     """Routing x payload x mode; the ranks, the depth and the padding go round and round through them."""
-    turns = itertools.cycle([(2, 2, False), (4, 2, False), (3, 3, True), (1, 2, False), (4, 3, False), (2, 4, True), (3, 2, False)])
+    turns = itertools.cycle(
+        [(2, 2, False), (4, 2, False), (3, 3, True), (1, 2, False), (4, 3, False), (2, 4, True), (3, 2, False)]
+    )
     found = []
     for payload, mode, routing in itertools.product(PAYLOADS, MODES, ROUTINGS):
         num_ranks, depth, padded = next(turns)
@@ -39,7 +41,7 @@ def cases() -> list[Case]:
 
 
 def bigger() -> list[Case]:
-    """Sizes of their own: many experts and choices, rows that are no multiple of a vector, one token, one expert a rank."""
+    """Many experts and choices, rows that are no multiple of a vector, one token, one expert a rank."""
     wide = Case(num_ranks=4, num_experts=32, num_topk=8, hidden=512, max_num_tokens=40)
     narrow = Case(num_ranks=2, num_experts=2, num_topk=2, hidden=8, max_num_tokens=1)
     odd = Case(num_ranks=3, num_experts=6, num_topk=5, hidden=8 * 27, max_num_tokens=17)
@@ -60,7 +62,7 @@ def bigger() -> list[Case]:
     return several
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected_rounds(case: Case, count: int) -> tuple[Expected, ...]:
     """Shared by the engines."""
     return tuple(expect(case, number) for number in range(count))

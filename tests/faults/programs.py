@@ -7,14 +7,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moebius import AllToAll, Config, PeerTimeoutError
 from tests.helpers.rounds import Halves, RankRound, Received
 from tests.helpers.schedules import HALVES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 WAIT_S = 0.3  # long enough to be in the wait, on a busy machine; being late only makes another point of the kill
 

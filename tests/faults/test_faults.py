@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ from tests.helpers.cases import Case
 from tests.helpers.launch import RankPool, in_threads
 from tests.helpers.rounds import Expected, RankRound, check_rank, expect
 from tests.helpers.schedules import HALVES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 NUM_RANKS = 3
 BEFORE, AFTER = 2, 4  # rounds that go well, before and after the one that is lost
@@ -59,7 +62,9 @@ def without(inputs: Sequence[RankInput], dead: int, num_local: int) -> list[Rank
     left = []
     for rank, given in enumerate(inputs):
         if rank == dead:
-            empty = {name: value[:0] for name, value in vars(given).items() if isinstance(value, torch.Tensor)}
+            empty: dict[str, Any] = {
+                name: value[:0] for name, value in vars(given).items() if isinstance(value, torch.Tensor)
+            }
             left.append(dataclasses.replace(given, **empty))
             continue
         ids = given.topk_ids.clone()
@@ -78,7 +83,8 @@ class Plan:
 
     @classmethod
     def of(cls, case: Case, dead: int, lost: int, inputs: Sequence[list[RankInput]] = ()) -> Plan:
-        expected, given = [], [[] for _ in range(case.num_ranks)]  # type: ignore[var-annotated]
+        expected: list[Expected] = []
+        given: list[list[RankRound]] = [[] for _ in range(case.num_ranks)]
         for number in range(lost + 1 + AFTER):
             asked = inputs[number] if inputs else case.inputs(number)
             left = without(asked, dead, case.num_experts // case.num_ranks)
@@ -144,7 +150,7 @@ def test_kill_without_a_parent_that_looks() -> None:
     case = case_of("expert")
     plan = Plan.of(case, 1, BEFORE)
     with RankPool(NUM_RANKS, method="spawn") as pool:
-        accidents = [[], [Accident(BEFORE, "dispatch_send", "kill")], []]  # type: ignore[var-annotated]
+        accidents = [[], [Accident(BEFORE, "dispatch_send", "kill")], []]
         jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
         played = pool.run(play, jobs, absent=(1,))
     for rank in (0, 2):
@@ -160,7 +166,7 @@ def test_a_stopped_rank_is_named_and_told_when_it_wakes(mode: str) -> None:
     case = case_of(mode)
     plan = Plan.of(case, 1, BEFORE)
     with RankPool(NUM_RANKS) as pool:
-        accidents = [[], [Accident(BEFORE, "dispatch_send", "stop")], []]  # type: ignore[var-annotated]
+        accidents = [[], [Accident(BEFORE, "dispatch_send", "stop")], []]
         jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
         played = pool.run(play, jobs, absent=(1,))
         os.kill(pool.processes[1].pid, signal.SIGCONT)
@@ -187,7 +193,9 @@ def test_survivors_may_close_at_once() -> None:
         played = pool.run(play, jobs, absent=(1,))
     for rank in (0, 2):
         assert sorted(played[rank].lost) == [BEFORE]
-        check_told(played[rank].lost[BEFORE], dead=1, op="combine", half="recv", epoch=BEFORE, reasons=("died", "reported"))
+        check_told(
+            played[rank].lost[BEFORE], dead=1, op="combine", half="recv", epoch=BEFORE, reasons=("died", "reported")
+        )
 
 
 def test_kill_in_rounds_that_are_never_combined() -> None:
@@ -195,7 +203,7 @@ def test_kill_in_rounds_that_are_never_combined() -> None:
     case = case_of("expert")
     plan = Plan.of(case, 1, BEFORE)
     with RankPool(NUM_RANKS) as pool:
-        accidents = [[], [Accident(BEFORE, "dispatch_send", "kill")], []]  # type: ignore[var-annotated]
+        accidents = [[], [Accident(BEFORE, "dispatch_send", "kill")], []]
         jobs = [(case.config(), plan.given[rank], accidents[rank], HALVES[:2]) for rank in range(NUM_RANKS)]
         played = pool.run(play, jobs, absent=(1,))
     for rank in (0, 2):
@@ -203,7 +211,9 @@ def test_kill_in_rounds_that_are_never_combined() -> None:
         told = played[rank].lost[BEFORE]
         # Round BEFORE - D is the one whose closing is waited for, round BEFORE the one that is lost.
         reasons = ("died", "reported")
-        check_told(told, dead=1, op="dispatch", half="send", epoch=BEFORE, reasons=reasons, expected=BEFORE - case.depth)
+        check_told(
+            told, dead=1, op="dispatch", half="send", epoch=BEFORE, reasons=reasons, expected=BEFORE - case.depth
+        )
         got = {number: received for number, received in played[rank].received.items() if number != BEFORE}
         assert sorted(got) == [number for number in range(len(plan.expected)) if number != BEFORE]
         check_rank(case.config(), rank, dataclasses.replace(played[rank], received=got), plan.expected)
@@ -217,7 +227,7 @@ def test_one_survivor_is_owed_nothing_by_the_dead() -> None:
     asked[asked // 2 == 1] = -1
     plan = Plan.of(case, 1, BEFORE + 1, inputs)
     with RankPool(NUM_RANKS) as pool:
-        accidents = [[], [Accident(BEFORE, "combine_send", "kill")], []]  # type: ignore[var-annotated]
+        accidents = [[], [Accident(BEFORE, "combine_send", "kill")], []]
         jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
         played = pool.run(play, jobs, absent=(1,))
     plan.check(0, played[0], [BEFORE + 1])
@@ -232,15 +242,12 @@ def test_a_lost_round_leaves_no_rows_behind() -> None:
     case = dataclasses.replace(case_of("token"), routing="full")
     sizes = [1, 1, case.max_num_tokens, 1, 1, 1, 1]
     inputs = [
-        [
-            RankInput(given.x[:size], given.topk_ids[:size], given.topk_weights[:size])
-            for given in case.inputs(number)
-        ]
+        [RankInput(given.x[:size], given.topk_ids[:size], given.topk_weights[:size]) for given in case.inputs(number)]
         for number, size in enumerate(sizes)
     ]
     plan = Plan.of(case, 0, BEFORE, inputs)
     with RankPool(NUM_RANKS) as pool:
-        accidents = [[Accident(BEFORE, "dispatch_send", "kill")], [], []]  # type: ignore[var-annotated]
+        accidents = [[Accident(BEFORE, "dispatch_send", "kill")], [], []]
         jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
         played = pool.run(play, jobs, absent=(0,))
     for rank in (1, 2):
@@ -271,10 +278,8 @@ def test_a_rank_that_closes_is_missed() -> None:
     case = dataclasses.replace(case_of("expert"), timeout_s=0.2)
     plan = Plan.of(case, 1, BEFORE)
     groups = moebius.virtual_ranks(NUM_RANKS)
-    accidents = [[], [Accident(BEFORE, "dispatch_send", "close")], []]  # type: ignore[var-annotated]
-    played = in_threads(
-        NUM_RANKS, lambda rank: play(groups[rank], case.config(), plan.given[rank], accidents[rank])
-    )
+    accidents = [[], [Accident(BEFORE, "dispatch_send", "close")], []]
+    played = in_threads(NUM_RANKS, lambda rank: play(groups[rank], case.config(), plan.given[rank], accidents[rank]))
     for rank in (0, 2):
         plan.check(rank, played[rank], [BEFORE])
         assert played[rank].lost[BEFORE]["rank"] == 1

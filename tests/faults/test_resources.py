@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +14,9 @@ from moebius import AllToAll, ConfigError
 from tests.helpers.cases import Case
 from tests.helpers.launch import RankPool
 from tests.helpers.rounds import Halves, RankRound, expect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NUM_RANKS = 3
 TIMES = 50

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +23,9 @@ from tests.helpers.cases import Case
 from tests.helpers.in_turn import InTurn
 from tests.helpers.launch import RankPool
 from tests.helpers.rounds import Halves, of_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 NUM_CALLS = 10_000
 CHECK_EVERY = 500
@@ -73,7 +75,7 @@ class Target:
         case, rank = self.ranks.case, numbers.randrange(self.ranks.case.num_ranks)
         a2a, inputs = self.ranks.ranks[rank], self.ranks.expected[1].inputs[rank]
         if numbers.random() < 0.55:
-            half = numbers.choice((a2a.dispatch, a2a.dispatch_send))
+            half: Callable[..., Any] = numbers.choice((a2a.dispatch, a2a.dispatch_send))
             call = legal_dispatch(a2a, inputs)
         else:
             half = numbers.choice((a2a.combine, a2a.combine_send))
@@ -128,30 +130,36 @@ def fuzz_calls(group: Any, count: int, seed: int) -> int:
 def fuzz_constructors(group: Any, count: int, seed: int) -> int:
     """Bad configs, groups and counts of ranks."""
     numbers = random.Random(seed)
-    good = Config(**GOOD_FIELDS)
     for number in range(count):
-        fields = {name: numbers.choice(BAD_FIELDS[name]) for name in numbers.sample(sorted(BAD_FIELDS), 1)}
+        name = numbers.choice(sorted(BAD_FIELDS))
+        field = {name: numbers.choice(BAD_FIELDS[name])}
         junk = numbers.choice([value for values in BAD_FIELDS.values() for value in values])
-        ranks = moebius.virtual_ranks(3)
-        attempts = [
-            lambda fields=fields: Config(**{**GOOD_FIELDS, **fields}),
-            lambda fields=fields: dataclasses.replace(good, **fields),
-            lambda junk=junk: AllToAll(junk, good),
-            lambda junk=junk, ranks=ranks: AllToAll(ranks[0], junk),
-            lambda ranks=ranks: AllToAll(ranks[0], good),  # three ranks do not divide eight experts
-            lambda junk=junk: moebius.virtual_ranks(junk if not is_count(junk) else -1),
-            lambda junk=junk: moebius.plan(good, junk if not is_count(junk) else 3),
-            lambda junk=junk: moebius.plan(junk, 2),
-        ]
-        chosen = numbers.randrange(len(attempts))
+        chosen, attempt = numbers.choice(list(enumerate(constructors(field, junk))))
+        described = f"{number} of seed {seed}: attempt {chosen} with {field} or {junk!r}"
         try:
-            attempts[chosen]()
+            attempt()
         except ConfigError:
             continue
         except BaseException as error:
-            raise AssertionError(f"{number} of seed {seed}: attempt {chosen} with {fields} or {junk!r}: {error!r}") from error
-        raise AssertionError(f"{number} of seed {seed}: attempt {chosen} with {fields} or {junk!r}: accepted")
+            raise AssertionError(f"{described}: {error!r}") from error
+        raise AssertionError(f"{described}: accepted")
     return count
+
+
+def constructors(field: dict[str, Any], junk: Any) -> list[Callable[[], Any]]:
+    """Every way to construct, with a bad field of the config, or with something that is none at all."""
+    good = Config(**GOOD_FIELDS)
+    first = moebius.virtual_ranks(3)[0]  # three ranks do not divide eight experts
+    return [
+        lambda: Config(**{**GOOD_FIELDS, **field}),
+        lambda: dataclasses.replace(good, **field),
+        lambda: AllToAll(junk, good),
+        lambda: AllToAll(first, junk),
+        lambda: AllToAll(first, good),
+        lambda: moebius.virtual_ranks(junk if not is_count(junk) else -1),
+        lambda: moebius.plan(good, junk if not is_count(junk) else 3),
+        lambda: moebius.plan(junk, 2),
+    ]
 
 
 def is_count(value: Any) -> bool:

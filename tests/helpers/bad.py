@@ -6,16 +6,18 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moebius import AllToAll, Dispatched
-from moebius.reference import RankInput
-from tests.helpers.cases import Case
 from tests.helpers.rounds import dispatch_arguments
+
+if TYPE_CHECKING:
+    from moebius.reference import RankInput
+    from tests.helpers.cases import Case
 
 Arguments = dict[str, Any]
 Bad = tuple[str, Callable[[], Any]]  # in words; makes the value
@@ -67,9 +69,8 @@ class Call:
 def legal_dispatch(a2a: AllToAll, inputs: RankInput) -> Call:
     """Every option of a dispatch in use."""
     config = a2a.config
-    (x, ids, weights), options = dispatch_arguments(config, inputs)
     num_local = config.num_local_experts(a2a.num_ranks)
-    arguments = {"x": x, "topk_ids": ids, "topk_weights": weights, **options}
+    arguments = dispatch_arguments(config, inputs)
     arguments["num_valid_tokens"] = torch.tensor([inputs.num_tokens])
     arguments["expert_stats"] = torch.zeros(num_local, dtype=torch.int64)
     arguments["wait_stats"] = torch.zeros(a2a.num_ranks, dtype=torch.int64)
@@ -151,7 +152,18 @@ def bad_tensors(name: str, good: Tensor, *, is_opaque: bool) -> list[Bad]:
     return bad
 
 
-BAD_IDS = (-2, -(1 << 31), (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, (1 << 62) + 1, -(1 << 40), -(1 << 63), (1 << 63) - 1)
+BAD_IDS = (
+    -2,
+    -(1 << 31),
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 32,
+    1 << 40,
+    (1 << 62) + 1,
+    -(1 << 40),
+    -(1 << 63),
+    (1 << 63) - 1,
+)
 
 
 def with_id(ids: Tensor, value: int) -> Tensor:
@@ -174,7 +186,24 @@ def fake(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-INTS: list[Any] = [None, True, False, 1.5, math.nan, math.inf, "8", b"8", [], (), {}, object(), -1, 1 << 40, -(1 << 70), int]
+INTS: list[Any] = [
+    None,
+    True,
+    False,
+    1.5,
+    math.nan,
+    math.inf,
+    "8",
+    b"8",
+    [],
+    (),
+    {},
+    object(),
+    -1,
+    1 << 40,
+    -(1 << 70),
+    int,
+]
 WORDS: list[Any] = [None, 0, 1.5, True, "", "BF16", "bf16 ", b"bf16", ["bf16"], ("bf16",), {}, {"bf16"}, object(), str]
 BAD_FIELDS: dict[str, list[Any]] = {
     "num_experts": [*INTS, 0],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import moebius
 from moebius import AllToAll
-from tests.helpers.cases import Case
 from tests.helpers.rounds import Expected, Halves, check_rank, expect, of_rank
 from tests.helpers.schedules import HALVES, Half
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.helpers.cases import Case
 
 MOST_ROUNDS = 5
 

@@ -13,8 +13,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 Result = TypeVar("Result")
 Members = tuple[int, ...]
@@ -81,7 +83,7 @@ class RankPool:
         self.num_ranks = num_ranks
         self.everyone: Members = tuple(range(num_ranks))
         self.closed = False
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(PRELOAD)
         self._folder = tempfile.TemporaryDirectory(prefix="moebius-test-")
@@ -223,7 +225,7 @@ def dumps(value: Any) -> bytes:
 def without_main() -> Iterator[None]:
     """Keep children from importing the main script, which is pytest's and costs half a second each."""
     main = sys.modules["__main__"]
-    kept = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    kept: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
     main.__spec__ = None
     try:
         yield

@@ -20,7 +20,7 @@ def labelled(rank: int, num_tokens: int, hidden: int, dtype: torch.dtype, genera
     values[torch.rand(num_tokens, hidden, generator=generator) < 0.02] = -0.0
     token = torch.arange(num_tokens)
     if hidden >= LABEL_VALUES:
-        label = (torch.full_like(token, int(LABEL_SCALE)), torch.full_like(token, rank)) + digits(token)
+        label = (torch.full_like(token, int(LABEL_SCALE)), torch.full_like(token, rank), *digits(token))
         values[:, :LABEL_VALUES] = torch.stack(label, dim=1).to(values.dtype)
     return values.to(dtype)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moebius import reference
-from moebius.reference import RankDispatched, RankInput
 from tests.helpers.compare import assert_same
 from tests.helpers.payload import label_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moebius import AllToAll, Config, Dispatched, PendingCombine, PendingDispatch
+    from moebius.reference import RankDispatched, RankInput
     from tests.helpers.cases import Case
 
 
@@ -93,15 +94,17 @@ def copied(recv: Dispatched) -> Received:
     )
 
 
-def dispatch_arguments(config: Config, inputs: RankInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a rank's input is passed to dispatch: (positional, by keyword)."""
+def dispatch_arguments(config: Config, inputs: RankInput) -> dict[str, Any]:
+    """How a rank's input is passed to dispatch."""
     weights = inputs.topk_weights if config.weights_at == "dispatch" else None
     valid = inputs.num_valid_tokens
-    options = {
+    return {
+        "x": inputs.x,
+        "topk_ids": inputs.topk_ids,
+        "topk_weights": weights,
         "scales": inputs.scales,
         "num_valid_tokens": None if valid is None else torch.tensor([valid], dtype=torch.int32),
     }
-    return (inputs.x, inputs.topk_ids, weights), options
 
 
 class Halves:
@@ -137,8 +140,7 @@ class Halves:
         self._dispatches[number] = self._send(number)
 
     def _send(self, number: int, **more: Any) -> PendingDispatch:
-        positional, options = dispatch_arguments(self._a2a.config, self.inputs(number))
-        return self._a2a.dispatch_send(*positional, **options, **more)
+        return self._a2a.dispatch_send(**dispatch_arguments(self._a2a.config, self.inputs(number)), **more)
 
     def dispatch_receive(self, number: int) -> None:
         self.live[number] = self._dispatches[number].receive()
@@ -146,8 +148,7 @@ class Halves:
 
     def dispatch(self, number: int) -> None:
         """Both halves in one call."""
-        positional, options = dispatch_arguments(self._a2a.config, self.inputs(number))
-        self.live[number] = self._a2a.dispatch(*positional, **options)
+        self.live[number] = self._a2a.dispatch(**dispatch_arguments(self._a2a.config, self.inputs(number)))
         self.received[number] = copied(self.live[number])
 
     def combine(self, number: int) -> None:
@@ -227,9 +228,7 @@ def check_received(config: Config, got: Received, want: RankDispatched, what: st
     assert got.topk_weights is None, f"{what}topk_weights: expected None in expert_major"
 
 
-def check_blocks(
-    got: Received, want: RankDispatched, blocks: Sequence[slice | tuple[int, slice]], what: str
-) -> None:
+def check_blocks(got: Received, want: RankDispatched, blocks: Sequence[slice | tuple[int, slice]], what: str) -> None:
     """Compare some rows of x and of the scales."""
     for block in blocks:
         assert_same(got.x[block], want.x[block], f"{what}x[{block}]", label=label_of)

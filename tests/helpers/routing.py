@@ -180,8 +180,7 @@ def zipf(shape: Shape, generator: torch.Generator) -> list[Tensor]:
     popularity = 1.0 / torch.arange(1, shape.num_experts + 1)
     popularity = popularity[torch.randperm(shape.num_experts, generator=generator)]
     return [
-        torch.multinomial(popularity.expand(count, -1), shape.num_topk, generator=generator)
-        for count in usual(shape)
+        torch.multinomial(popularity.expand(count, -1), shape.num_topk, generator=generator) for count in usual(shape)
     ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator, Sequence
 
 Half = tuple[str, int]
 HALVES = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")
@@ -56,7 +59,8 @@ def drifting(order: Sequence[Half], num_ranks: int, depth: int, numbers: random.
         ready = [
             rank
             for rank in range(num_ranks)
-            if at[rank] < len(order) and all(half in order[:place] for half in needs(order[at[rank]], depth) for place in at)
+            if at[rank] < len(order)
+            and all(half in order[:place] for half in needs(order[at[rank]], depth) for place in at)
         ]
         # Favour a rank for a while, so that it runs as far ahead as it can.
         favoured = numbers.choice(ready)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from tests.helpers.cases import Case
 from tests.helpers.in_turn import InTurn
 from tests.helpers.rounds import Expected, Halves, expect
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 CASES = [
     Case(num_ranks=1, num_experts=4, hidden=16, mode="expert"),
     Case(num_ranks=1, num_experts=4, hidden=16, payload="fp32", mode="expert-late"),
@@ -22,7 +25,17 @@ CASES = [
     Case(num_ranks=1, num_experts=4, payload="fp8-as-is"),
     Case(num_ranks=1, num_experts=4, payload="opaque"),
 ]
-DISPATCH = ("x", "topk_ids", "topk_weights", "scales", "num_valid_tokens", "expert_stats", "wait_stats", "out", "out_scales")
+DISPATCH = (
+    "x",
+    "topk_ids",
+    "topk_weights",
+    "scales",
+    "num_valid_tokens",
+    "expert_stats",
+    "wait_stats",
+    "out",
+    "out_scales",
+)
 COMBINE = ("expert_out", "recv", "topk_weights", "out", "wait_stats")
 
 
@@ -108,14 +121,16 @@ def test_a_bad_id_says_where_it_is(alone: InTurn) -> None:
         call = legal_dispatch(a2a, inputs)
         ids = inputs.topk_ids.clone()
         ids[4, 2] = value
-        with pytest.raises(RoutingError, match=rf"`topk_ids\[4, 2\]` must be -1 or an expert in \[0, 4\) \(got {value}\)"):
+        with pytest.raises(
+            RoutingError, match=rf"`topk_ids\[4, 2\]` must be -1 or an expert in \[0, 4\) \(got {value}\)"
+        ):
             a2a.dispatch_send(**{**call.arguments, "topk_ids": ids})
     alone.one_round()
 
 
 @pytest.mark.parametrize("name", ["x", "topk_ids", "topk_weights"])
 def test_negated_views_are_read_as_they_are(name: str) -> None:
-    """A lazily negated view has the sign in a flag, not in memory: copied, or refused, but not read as it lies there."""
+    """A lazily negated view has its sign in a flag: copied, or refused, but not read as it lies in memory."""
     case = Case(num_ranks=1, num_experts=4, hidden=16, payload="fp32")
     with InTurn(case) as alone:
         a2a, expected = alone.ranks[0], alone.expected[0]
@@ -128,7 +143,9 @@ def test_negated_views_are_read_as_they_are(name: str) -> None:
             return
         combined = a2a.combine(expected.expert_out[0], recv)
         assert torch.equal(combined, expected.combined[0])
-        assert torch.equal(recv.x[0, : recv.expert_num_tokens[0]], expected.dispatched[0].x[0, : recv.expert_num_tokens[0]])
+        assert torch.equal(
+            recv.x[0, : recv.expert_num_tokens[0]], expected.dispatched[0].x[0, : recv.expert_num_tokens[0]]
+        )
 
 
 def test_results_that_overlap_themselves() -> None:
@@ -147,7 +164,7 @@ def test_arity_is_pythons_own(alone: InTurn) -> None:
     with pytest.raises(TypeError):
         a2a.dispatch_send()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        a2a.dispatch_send(1, 2, 3, 4)  # type: ignore[call-arg,misc,arg-type]
+        a2a.dispatch_send(1, 2, 3, 4)  # type: ignore[call-arg,arg-type]
     with pytest.raises(TypeError):
         a2a.combine(colour="red")  # type: ignore[call-arg]
     assert a2a.epoch == before

@@ -76,9 +76,9 @@ def test_config_is_frozen_and_by_keyword() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden = 128  # type: ignore[misc]
     with pytest.raises(TypeError):
-        Config(8, 2, 64, 4)  # type: ignore[misc,call-arg]
+        Config(8, 2, 64, 4)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        Config(**GOOD_FIELDS, colour="red")
+        Config(**GOOD_FIELDS, colour="red")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         Config()  # type: ignore[call-arg]
 
@@ -114,16 +114,18 @@ def test_virtual_ranks_take_a_count(value: Any) -> None:
         moebius.virtual_ranks(value)
 
 
-@pytest.mark.parametrize("value", [None, 0, "gloo", object(), [], moebius.VirtualRank], ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize(
+    "value", [None, 0, "gloo", object(), [], moebius.VirtualRank], ids=lambda value: str(value)[:12]
+)
 def test_a_group_is_a_group(value: Any) -> None:
-    with pytest.raises(ConfigError, match="`group` must be .*got"):
+    with pytest.raises(ConfigError, match=r"`group` must be .*got"):
         moebius.AllToAll(value, Config(**GOOD_FIELDS))
 
 
 @pytest.mark.parametrize("value", [None, 0, {}, Config, GOOD_FIELDS], ids=lambda value: str(value)[:12])
 def test_a_config_is_a_config(value: Any) -> None:
     group = moebius.virtual_ranks(1)[0]
-    with pytest.raises(ConfigError, match="`config` must be a moebius.Config .got"):
+    with pytest.raises(ConfigError, match=r"`config` must be a moebius\.Config .got"):
         moebius.AllToAll(group, value)
 
 

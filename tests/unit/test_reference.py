@@ -23,7 +23,7 @@ def as_f32(value: float) -> float:
 
 
 # Every finite e4m3 magnitude in order, from the format's definition: code -> value.
-MAGNITUDES = [
+MAGNITUDES: list[float] = [
     (code & 7) / 8 * 2.0**-6 if code < 8 else (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7) for code in range(127)
 ]
 
@@ -92,7 +92,7 @@ def test_quantise_closed_form() -> None:
     assert scales[0].tolist() == [1.0, 2.0, as_f32(as_f32(1e-4) / 448.0), as_f32(as_f32(1e-4) / 448.0)]
     assert_same(reference.dequantize_fp8(quantized, scales), x, "dequantised")
     _, packed = reference.quantize_fp8(x, "ue8m0")
-    assert packed.item() & 0xFFFF == 127 | 128 << 8
+    assert int(packed) & 0xFFFF == 127 | 128 << 8
     assert_same(reference.pack_ue8m0(reference.unpack_ue8m0(packed)), packed, "packed")
 
 
@@ -213,7 +213,10 @@ def test_reduction_rounds_once_per_rank() -> None:
     """bf16: each rank's sum is rounded before it travels, and their sum is rounded again."""
     config = Config(num_experts=4, num_topk=4, hidden=8, max_num_tokens=1)
     ids, weights = torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4)
-    inputs = [RankInput(torch.zeros(1, 8).bfloat16(), ids, weights), RankInput(torch.zeros(0, 8).bfloat16(), ids[:0], weights[:0])]
+    inputs = [
+        RankInput(torch.zeros(1, 8).bfloat16(), ids, weights),
+        RankInput(torch.zeros(0, 8).bfloat16(), ids[:0], weights[:0]),
+    ]
     received = reference.dispatch(config, inputs)
     outputs = [torch.zeros(2, 2, 8).bfloat16() for _ in range(2)]
     outputs[0][0, 0], outputs[0][1, 0] = 256.0, 1.0  # 257 is no bf16: rounds to 256

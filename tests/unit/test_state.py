@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from moebius import AllToAll, StateError
 from tests.helpers.cases import MODES, Case
 from tests.helpers.in_turn import InTurn
 from tests.helpers.rounds import Halves, copied
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(params=MODES)
@@ -83,7 +86,10 @@ def test_a_stale_result_is_neither_combined_nor_read(ranks: InTurn) -> None:
 def test_a_combined_result_goes_stale(ranks: InTurn) -> None:
     halves = ranks.halves()
     for number in range(3):
-        call(halves, *[(half, number) for half in ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")])
+        call(
+            halves,
+            *[(half, number) for half in ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")],
+        )
     rejected(ranks, halves, "combine_send", 0, "stale")
     rejected(ranks, halves, "combine_send", 1, "combine.*round 1")
     with pytest.raises(StateError):
