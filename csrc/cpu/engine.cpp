@@ -25,7 +25,7 @@ Engine::Engine(const EngineConfig& config,
       rank_(rank),
       heaps_(std::move(heaps)),
       kernels_(kernels),
-      policy_(wait_policy(config.shape.num_ranks)) {
+      policy_(wait_policy(config.shape.num_ranks, config.num_cores)) {
   const Shape& s = config_.shape;
   for (int pid : pids) liveness_.emplace_back(pid);
   rank_of_expert_.resize(s.num_experts);

@@ -27,6 +27,7 @@ struct EngineConfig {
   Dtype output_dtype;
   int64_t hidden;
   int64_t timeout_ns;
+  int num_cores;  // that the ranks of this host may run on, all together
 };
 
 struct DispatchSend {
