@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero group finite; the value DeepEP chose
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

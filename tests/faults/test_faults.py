@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +18,7 @@ from tests.helpers.cases import Case
 from tests.helpers.launch import RankPool, in_threads
 from tests.helpers.rounds import Expected, RankRound, check_rank, expect
 from tests.helpers.schedules import HALVES
+from tests.helpers.shared_memory import left_since, orphans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,13 +42,9 @@ KILLS = {
 @pytest.fixture(autouse=True)
 def clean_shared_memory() -> Iterator[None]:
     """Nothing may be left behind, however the ranks ended."""
-    before = shared_memory()
+    before = orphans()
     yield
-    assert shared_memory() <= before
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    assert not left_since(before)
 
 
 def case_of(mode: str) -> Case:

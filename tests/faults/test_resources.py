@@ -14,6 +14,7 @@ from moebius import AllToAll, ConfigError
 from tests.helpers.cases import Case
 from tests.helpers.launch import RankPool
 from tests.helpers.rounds import Halves, RankRound, expect
+from tests.helpers.shared_memory import left_since, orphans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +108,6 @@ def test_objects_leave_nothing(pool: RankPool, life: Any) -> None:
 
 
 def test_nothing_is_left_in_shared_memory(pool: RankPool) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = orphans()
     pool.run(come_and_go, [(one_life, 3)] * NUM_RANKS)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not left_since(before)

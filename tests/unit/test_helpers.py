@@ -16,6 +16,7 @@ from tests.helpers.launch import RankError, RankPool, in_threads
 from tests.helpers.payload import label_of, labelled, labelled_bytes
 from tests.helpers.routing import ROUTINGS, Shape
 from tests.helpers.schedules import HALVES, drifting, legal_orders
+from tests.helpers.shared_memory import SHM, left_since, orphans
 from tests.helpers.skew import Skew
 
 if TYPE_CHECKING:
@@ -185,3 +186,17 @@ def test_pool_notices_death_and_delay() -> None:
     with pytest.raises(RankError, match=r"ranks \[0, 1\] had not answered in time"):
         pool.run(fail_on_one, [(False,), (False,)], timeout_s=0.3)
     assert not any(process.is_alive() for process in pool.processes)
+
+
+def test_orphans_are_segments_that_nobody_uses() -> None:
+    before = orphans()
+    path = SHM / f"moebius-test-{os.getpid()}"
+    with path.open("wb") as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        assert path.name not in orphans()
+    try:
+        assert left_since(before) == {path.name}
+    finally:
+        path.unlink()
+    assert not left_since(before)
