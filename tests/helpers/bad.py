@@ -126,6 +126,13 @@ def bad_tensors(name: str, good: Tensor, *, is_opaque: bool) -> list[Bad]:
         for dtype in DTYPES
         if dtype not in allowed and not (is_bytes and dtype.itemsize == good.element_size())
     ]
+    if is_bytes:
+        width = good.shape[1] * good.element_size()
+        bad += [
+            (f"of {dtype}, which does not divide the row", lambda dtype=dtype: narrower(len(good), width, dtype))  # type: ignore[misc]
+            for dtype in DTYPES
+            if width % dtype.itemsize
+        ]
     bad += [
         ("on meta", lambda: good.to("meta")),
         ("without an element", lambda: good.new_empty(0)),
@@ -150,6 +157,11 @@ def bad_tensors(name: str, good: Tensor, *, is_opaque: bool) -> list[Bad]:
         bad += [(f"with the id {value}", lambda value=value: with_id(good, value)) for value in BAD_IDS]  # type: ignore[misc]
         bad.append(("of NaN", lambda: torch.full(good.shape, torch.nan)))
     return bad
+
+
+def narrower(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of as many elements as fit in `width` bytes."""
+    return torch.zeros(num_rows, width // dtype.itemsize, dtype=dtype)
 
 
 BAD_IDS = (
