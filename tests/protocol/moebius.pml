@@ -1,9 +1,9 @@
-/* The protocol of a round (dispatch send DS, dispatch receive DR, combine send CS, combine receive CR) between R ranks with
-   D slots, any of which may stop for good at any point. docs/protocol-model.md says what is modelled and what it taught.
+/* The life of a round (dispatch send DS, dispatch receive DR, combine send CS, combine receive CR) on R ranks with D
+   slots; a rank may stop for good at any point. docs/protocol-model.md says what is modelled and what it taught.
 
-   Options: -DR=2|3  -DORDER=ORDER_<name>  -DSTOPS=<ranks that may stop>  -DHEARSAY  -DANY_ROWS
-   Mutations, each of which the check must refute: NO_CLOSING NO_EMPTY_COMBINE NO_EPOCH NO_ABORT, and the failure rules
-   that do not work: LEAVE_AT_ONCE COMBINE_AT_ONCE NO_DRAIN.                                                        */
+   Options: -DR=2|3 -DORDER=ORDER_<name> -DSTOPS=<ranks that may stop> -DHEARSAY -DANY_ROWS
+   Mutations, each to be refuted: NO_CLOSING NO_EMPTY_COMBINE NO_EPOCH NO_ABORT, and failure rules that do not work:
+   LEAVE_CLOSING LEAVE_RECEIVE COMBINE_AT_ONCE NO_DRAIN. */
 #ifndef R
 #define R 2
 #endif
@@ -26,7 +26,7 @@
 #define me (_pid - 1)
 #define others (everyone & ~bit(me) & ~dead)
 
-/* A signal word: the epoch, and how many rows (none, some), or the rank that broke the round. Compared, never cleared. */
+/* A signal word: the epoch, and whether rows come with it, or which rank broke the round. Compared, never cleared. */
 #define EMPTY 0
 #define ROWS 1
 #define ABORT 2 /* + the rank to blame */
@@ -60,11 +60,6 @@ bool token_major;
 #define some_rows(src, dst, e) (((src) + 2 * (dst) + (e)) % 3 != 0)
 #define has_rows(dst, e) (rows == 1 || (rows == 2 && some_rows(me, dst, e)))
 
-/* What a rank keeps of the round in a slot. */
-#define COMBINED 1 /* the combine signals of the round are sent, full, empty or broken */
-#define LOST 2     /* the round is lost: its remaining halves are skipped */
-#define UNHEARD 4  /* lost before its dispatch signals were heard */
-
 #define here(kind, src, e) (epoch_of(word[at(kind, me, e, src)]) >= (e) + 1)
 #ifdef NO_EPOCH
 #define ready(kind, src, e) (word[at(kind, me, e, src)] != 0 || (stopped & bit(src)))
@@ -72,7 +67,7 @@ bool token_major;
 #define ready(kind, src, e) (here(kind, src, e) || (stopped & bit(src)))
 #endif
 
-/* A wait ends in one of four ways: rows, none, the round broken by its sender, or the deadline (never for a live rank). */
+/* A wait ends with rows, with none, with the round broken by its sender, or by the deadline (never for a live rank). */
 inline hear(kind, src, e) {
     code = word[at(kind, me, e, src)];
 #ifdef NO_EPOCH
@@ -98,32 +93,46 @@ inline learn(culprit) {
 
 inline put(kind, dst, e, code_) { word[at(kind, dst, e, me)] = pack(e, code_) }
 
-/* Any failure detector: whoever waits may come to know of a stopped rank in another way than by its own deadline. */
+/* Any failure detector: whoever waits may learn of a stopped rank otherwise than by its own deadline on it. It goes on
+   waiting for the others, except in combine receive, which may be left. */
 #ifdef HEARSAY
-#define hearsay(set, blame) \
-    :: atomic { (set) && (stopped & ~dead & everyone) -> why = low(stopped & ~dead & everyone) + 1; dead = dead | bit(why - 1); \
-                blame = why; why = 0 }
+#define stranger low(stopped & ~dead & everyone)
+#define hearsay(next) \
+    :: atomic { stopped & ~dead & everyone -> \
+        blame = stranger + 1; dead = dead | bit(blame - 1); todo = todo & ~dead; \
+        if :: !todo -> goto next :: else fi }
+#define hearsay_and_leave \
+    :: atomic { stopped & ~dead & everyone -> dead = dead | bit(stranger); mine = mine | LOST; goto next }
 #else
-#define hearsay(set, blame)
+#define hearsay(next)
+#define hearsay_and_leave
 #endif
 
-/* Waits of the dispatch send for the round that had the slot before. Abort codes count as signals; news breaks the new round. */
+/* Waits of the dispatch send for the round that had the slot before. Abort codes count as signals; news of a rank that
+   was not known to have stopped breaks the new round. */
 inline close_wait(kind, e) {
-    todo = others;
-    do
-    :: atomic { todo && ready(kind, low(todo), e) ->
-        hear(kind, low(todo), e);
-        blame = (news -> why : blame);
-        todo = rest(todo) & ~dead;
-#ifdef LEAVE_AT_ONCE
-        todo = (blame -> 0 : todo);
+    hear(kind, low(todo), e);
+    blame = (news -> why : blame);
+    todo = rest(todo) & ~dead;
+#ifdef LEAVE_CLOSING
+    todo = (blame -> 0 : todo);
 #endif
-        code = 0; why = 0; news = 0 }
-    hearsay(todo, blame)
-    :: !todo -> break
-    od
+    code = 0; why = 0; news = 0
 }
 
+/* What a rank keeps of a round, by slot. */
+#define COMBINED 1 /* the combine signals of the round are sent, full, empty or broken */
+#define LOST 2     /* the round is lost: its remaining halves are skipped */
+#define UNHEARD 4  /* lost before its dispatch signals were heard */
+
+#define mine state[slot(e)]
+#define sent sent_to[me * D + slot(e)]
+#define message_of(src) got[slot(e) * R + (src)]
+#define my_cell(src) inbox[cell(me, e, src)]
+#define my_row(src) replies[row(me, e, reply_base(sent, src))]
+
+/* Every atomic below is one step that others can see, with the local work up to the next: a step ends before an access
+   to shared memory, and wherever a wait may block. `todo`: the ranks that a half has still to signal or to hear. */
 proctype rank() provided (!(stopped & bit(me)))
 {
     byte pc, e, todo, code, why, blame, dead;
@@ -131,184 +140,194 @@ proctype rank() provided (!(stopped & bit(me)))
     byte state[D];
     byte got[D * R]; /* 1 + reply row of the message that a source sent */
 
-    do
-    :: atomic { pc == CALLS -> done = done | bit(me); break }
-
-    /* the remaining halves of a lost round */
-    :: atomic { pc < CALLS && half(calls[pc]) > 0 && (state[slot(round(calls[pc]))] & LOST) -> pc++ }
-
-    /* dispatch send */
-    :: atomic { pc < CALLS && half(calls[pc]) == 0 -> e = round(calls[pc]); todo = others };
+next:
+    atomic {
+        code = 0; blame = 0; e = 0;
+        do /* skip the remaining halves of a lost round */
+        :: pc < CALLS && half(calls[pc]) > 0 && (state[slot(round(calls[pc]))] & LOST) -> pc++
+        :: else -> break
+        od;
         if
-        :: e >= D ->
-#ifdef NO_EMPTY_COMBINE
-            if
-            :: !(state[slot(e)] & COMBINED) -> goto closed
-            :: else
-            fi;
-#endif
-#ifndef NO_DRAIN
-            /* a lost round whose dispatch signals were not heard: our combine signal may only follow them */
-            if
-            :: state[slot(e)] & UNHEARD -> close_wait(DISPATCH, e - D); todo = others
-            :: else
-            fi;
-#endif
-            /* never combined: the empty combine */
-            do
-            :: atomic { todo && !(state[slot(e)] & COMBINED) ->
-                assert(!token_major || !got[slot(e) * R + low(todo)]
-                    || inbox[cell(me, e, low(todo))] == message(e - D, got[slot(e) * R + low(todo)] - 1));
-                put(COMBINE, low(todo), e - D, EMPTY); todo = rest(todo) }
-            :: else -> break
-            od;
-#ifndef NO_CLOSING
-            close_wait(COMBINE, e - D)
-#endif
+        :: pc == CALLS -> todo = 0; done = done | bit(me); goto end
         :: else
         fi;
-closed:
-        atomic {
-            todo = others; state[slot(e)] = 0; sent_to[me * D + slot(e)] = 0;
-            code = 0;
-            do
-            :: code < R -> got[slot(e) * R + code] = 0;
-                if
-                :: !blame && (todo & bit(code)) && has_rows(code, e) ->
-                    sent_to[me * D + slot(e)] = sent_to[me * D + slot(e)] | bit(code)
-                :: else
-                fi;
-                code++
-            :: else -> break
-            od;
-            code = 0
-        }
-#ifdef ANY_ROWS
-        atomic {
+        e = round(calls[pc]);
+        todo = others;
+        pc++;
+        if
+        :: half(calls[pc - 1]) == 0 ->
             if
-            :: !blame -> sent_to[me * D + slot(e)] = 0
-            :: !blame -> sent_to[me * D + slot(e)] = todo
-            :: !blame -> sent_to[me * D + slot(e)] = bit(low(todo)) & todo
-            :: !blame -> sent_to[me * D + slot(e)] = rest(todo)
-            :: blame
+            :: e < D || !todo -> goto open
+#ifdef NO_EMPTY_COMBINE
+            :: e >= D && todo && !(mine & COMBINED) -> goto open
+#endif
+#ifndef NO_DRAIN
+            :: e >= D && todo && (mine & UNHEARD) -> goto drain
+#endif
+            :: else -> goto blank
             fi
-        }
-#endif
-        do
-        :: atomic { todo && (sent_to[me * D + slot(e)] & bit(low(todo))) ->
-                inbox[cell(low(todo), e, me)] = message(e, reply_base(sent_to[me * D + slot(e)], low(todo))) };
-            atomic { put(DISPATCH, low(todo), e, ROWS); todo = rest(todo) }
-        :: atomic { todo && !(sent_to[me * D + slot(e)] & bit(low(todo))) ->
-                put(DISPATCH, low(todo), e, (blame -> ABORT + blame - 1 : EMPTY)); todo = rest(todo) }
-        :: atomic { !todo -> 
-                if
-                :: blame -> state[slot(e)] = LOST | UNHEARD
-                :: else
-                fi;
-#ifdef COMBINE_AT_ONCE
-                todo = (blame -> others : 0);
-#else
-                blame = 0;
-#endif
-                pc++; break }
-        od;
-#ifdef COMBINE_AT_ONCE
-        do
-        :: atomic { todo -> state[slot(e)] = LOST | COMBINED; put(COMBINE, low(todo), e, ABORT + blame - 1); todo = rest(todo) }
-        :: atomic { !todo -> blame = 0; break }
-        od;
-#endif
-        e = 0
+        :: half(calls[pc - 1]) == 1 -> if :: todo -> goto receive :: else -> goto next fi
+        :: half(calls[pc - 1]) == 2 -> mine = COMBINED; if :: todo -> goto reply :: else -> goto next fi
+        :: half(calls[pc - 1]) == 3 -> todo = sent; if :: todo -> goto collect :: else -> goto next fi
+        fi
+    };
 
-    /* dispatch receive */
-    :: atomic { pc < CALLS && half(calls[pc]) == 1 && !(state[slot(round(calls[pc]))] & LOST) -> e = round(calls[pc]); todo = others };
-        do
-        :: atomic { todo && ready(DISPATCH, low(todo), e) ->
-                hear(DISPATCH, low(todo), e);
-                if
-                :: code <= ROWS ->
-                    assert((code == ROWS) == ((sent_to[low(todo) * D + slot(e)] & bit(me)) != 0));
-                :: else -> blame = why
-                fi;
-                if
-                :: code == ROWS -> /* reading begins */
-                    assert(inbox[cell(me, e, low(todo))] / 4 == e + 1 && !got[slot(e) * R + low(todo)]);
-                    got[slot(e) * R + low(todo)] = 1 + inbox[cell(me, e, low(todo))] % 4
-                :: else
-                fi;
-                if
-                :: code != ROWS || token_major -> todo = rest(todo) & ~dead
-                :: else
-                fi;
-#ifdef LEAVE_AT_ONCE
-                todo = (blame -> 0 : todo);
+    /* ---- dispatch send ---- */
+drain: /* a lost round whose dispatch signals were not heard: our combine signal may only follow them */
+    do
+    :: atomic { ready(DISPATCH, low(todo), e - D) ->
+        close_wait(DISPATCH, e - D);
+        if :: !todo -> todo = others; goto blank :: else fi }
+    hearsay(blank)
+    od;
+
+blank: /* a round that was never combined: the empty combine. What is left of the round is read no more. */
+    atomic { if :: (mine & COMBINED) || !todo -> todo = others; goto close :: else fi };
+    do
+    :: atomic {
+        assert(!token_major || !message_of(low(todo))
+            || my_cell(low(todo)) == message(e - D, message_of(low(todo)) - 1));
+        put(COMBINE, low(todo), e - D, EMPTY);
+        todo = rest(todo);
+        if :: !todo -> todo = others; goto close :: else fi }
+    od;
+
+close: /* the closing rule: everybody's combine signal of the round that had the slot */
+#ifdef NO_CLOSING
+    atomic { goto open };
 #endif
-                why = 0; news = 0 };
-            atomic {
-                if
-                :: code == ROWS && !token_major -> /* reading ends */
-                    assert(inbox[cell(me, e, low(todo))] == message(e, got[slot(e) * R + low(todo)] - 1));
-                    todo = rest(todo)
-                :: else
-                fi;
-                code = 0 }
-        hearsay(todo, blame)
-        :: atomic { !todo ->
-                if
-                :: blame -> state[slot(e)] = LOST; todo = others
-                :: else
-                fi;
-                pc++; break }
+    atomic { if :: !todo -> goto open :: else fi };
+    do
+    :: atomic { ready(COMBINE, low(todo), e - D) ->
+        close_wait(COMBINE, e - D);
+        if :: !todo -> goto open :: else fi }
+    hearsay(open)
+    od;
+
+open:
+    atomic {
+        todo = others; sent = 0; code = 0;
+        mine = (blame -> LOST | UNHEARD : 0);
+        do
+        :: code < R ->
+            message_of(code) = 0;
+            if
+            :: !blame && (todo & bit(code)) && has_rows(code, e) -> sent = sent | bit(code)
+            :: else
+            fi;
+            code++
+        :: else -> code = 0; break
         od;
+#ifdef ANY_ROWS
+        if
+        :: !blame -> sent = 0
+        :: !blame -> sent = todo
+        :: !blame -> sent = bit(low(todo)) & todo
+        :: !blame -> sent = rest(todo)
+        :: blame
+        fi;
+#endif
+        if :: !todo -> goto next :: else fi
+    };
+    do
+    :: atomic { sent & bit(low(todo)) -> inbox[cell(low(todo), e, me)] = message(e, reply_base(sent, low(todo))) };
+       atomic { put(DISPATCH, low(todo), e, ROWS); todo = rest(todo); if :: !todo -> goto next :: else fi }
+    :: atomic { !(sent & bit(low(todo))) ->
+        put(DISPATCH, low(todo), e, (blame -> ABORT + blame - 1 : EMPTY));
+        todo = rest(todo);
+        if
+#ifdef COMBINE_AT_ONCE
+        :: !todo && blame -> todo = others; goto abort
+#endif
+        :: !todo -> goto next
+        :: todo
+        fi }
+    od;
+
+    /* ---- dispatch receive ---- */
+receive:
+    do
+    :: atomic { ready(DISPATCH, low(todo), e) ->
+        hear(DISPATCH, low(todo), e);
+        if
+        :: code <= ROWS -> assert((code == ROWS) == ((sent_to[low(todo) * D + slot(e)] & bit(me)) != 0))
+        :: else -> blame = why
+        fi;
+        if
+        :: code == ROWS -> /* reading begins */
+            assert(my_cell(low(todo)) / 4 == e + 1 && !message_of(low(todo)));
+            message_of(low(todo)) = 1 + my_cell(low(todo)) % 4
+        :: else
+        fi;
+        why = 0; news = 0;
+        if
+        :: code == ROWS && !token_major
+        :: else ->
+            code = 0;
+            todo = rest(todo) & ~dead;
+#ifdef LEAVE_RECEIVE
+            todo = (blame -> 0 : todo);
+#endif
+            if :: !todo -> goto received :: else -> goto receive fi
+        fi };
+       atomic { /* reading ends */
+        assert(my_cell(low(todo)) == message(e, message_of(low(todo)) - 1));
+        code = 0;
+        todo = rest(todo) & ~dead;
+        if :: !todo -> goto received :: else fi }
+    hearsay(received)
+    od;
+
+received:
+    atomic { if :: !blame -> goto next :: else -> mine = LOST; todo = others fi;
 #ifdef NO_ABORT
-        todo = 0;
+        goto next;
 #endif
-        do /* abort on: the combine signals of a round lost here */
-        :: atomic { todo -> state[slot(e)] = LOST | COMBINED; put(COMBINE, low(todo), e, ABORT + blame - 1); todo = rest(todo) }
-        :: atomic { !todo -> blame = 0; e = 0; break }
-        od
+        if :: !todo -> goto next :: else -> goto abort fi };
+abort: /* the combine signals of a lost round */
+    do
+    :: atomic {
+        mine = LOST | COMBINED;
+        put(COMBINE, low(todo), e, ABORT + blame - 1);
+        todo = rest(todo);
+        if :: !todo -> goto next :: else fi }
+    od;
 
-    /* combine send */
-    :: atomic { pc < CALLS && half(calls[pc]) == 2 && !(state[slot(round(calls[pc]))] & LOST) ->
-            e = round(calls[pc]); todo = others; state[slot(e)] = COMBINED };
-        do
-        :: atomic { todo && got[slot(e) * R + low(todo)] ->
-                /* token_major: reading ends */
-                assert(!token_major || inbox[cell(me, e, low(todo))] == message(e, got[slot(e) * R + low(todo)] - 1));
-                replies[row(low(todo), e, got[slot(e) * R + low(todo)] - 1)] = answer(e, me) };
-            atomic { put(COMBINE, low(todo), e, ROWS); got[slot(e) * R + low(todo)] = 0; todo = rest(todo) }
-        :: atomic { todo && !got[slot(e) * R + low(todo)] -> put(COMBINE, low(todo), e, EMPTY); todo = rest(todo) }
-        :: atomic { !todo -> pc++; e = 0; break }
-        od
+    /* ---- combine send ---- */
+reply:
+    do
+    :: atomic { message_of(low(todo)) -> /* token_major: reading ends */
+        assert(!token_major || my_cell(low(todo)) == message(e, message_of(low(todo)) - 1));
+        replies[row(low(todo), e, message_of(low(todo)) - 1)] = answer(e, me) };
+       atomic {
+        put(COMBINE, low(todo), e, ROWS); message_of(low(todo)) = 0; todo = rest(todo);
+        if :: !todo -> goto next :: else fi }
+    :: atomic { !message_of(low(todo)) ->
+        put(COMBINE, low(todo), e, EMPTY); todo = rest(todo); if :: !todo -> goto next :: else fi }
+    od;
 
-    /* combine receive: of those that owe rows, the dead included (looked at once) */
-    :: atomic { pc < CALLS && half(calls[pc]) == 3 && !(state[slot(round(calls[pc]))] & LOST) ->
-            e = round(calls[pc]); todo = sent_to[me * D + slot(e)] };
-        do
-        :: atomic { todo && ready(COMBINE, low(todo), e) ->
-                hear(COMBINE, low(todo), e);
-                assert(code != EMPTY); /* they owe rows */
-                if
-                :: code == ROWS -> /* reading begins */
-                    assert(replies[row(me, e, reply_base(sent_to[me * D + slot(e)], low(todo)))] == answer(e, low(todo)))
-                :: else -> state[slot(e)] = state[slot(e)] | LOST; todo = rest(todo);
-                    if
-                    :: todo = 0 /* leave at once ... */
-                    :: todo /* ... or look at the others too: both must do */
-                    fi
-                fi;
-                why = 0; news = 0 };
-            atomic {
-                if
-                :: code == ROWS -> /* reading ends */
-                    assert(replies[row(me, e, reply_base(sent_to[me * D + slot(e)], low(todo)))] == answer(e, low(todo)));
-                    todo = rest(todo)
-                :: else
-                fi;
-                code = 0 }
-        :: atomic { !todo -> pc++; e = 0; break }
-        od
-    od
+    /* ---- combine receive: from those that owe rows, the dead included (looked at once) ---- */
+collect:
+    do
+    :: atomic { ready(COMBINE, low(todo), e) ->
+        hear(COMBINE, low(todo), e);
+        why = 0; news = 0;
+        assert(code != EMPTY); /* they owe rows */
+        if
+        :: code == ROWS -> assert(my_row(low(todo)) == answer(e, low(todo))) /* reading begins */
+        :: else ->
+            mine = mine | LOST; code = 0; todo = rest(todo);
+            if :: todo = 0 :: todo fi; /* leave at once, or look at the others too: both must do */
+            if :: !todo -> goto next :: else -> goto collect fi
+        fi };
+       atomic { /* reading ends */
+        assert(my_row(low(todo)) == answer(e, low(todo)));
+        code = 0; todo = rest(todo);
+        if :: !todo -> goto next :: else fi }
+    hearsay_and_leave
+    od;
+end:
+    skip
 }
 
 init {

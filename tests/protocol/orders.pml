@@ -1,5 +1,6 @@
 /* The legal orders of calls that are checked, the same on all ranks. Chosen by -DORDER=ORDER_<name>.
-   A call is two digits, half and round (an initialiser takes no expressions). Rounds 0 .. 4 at depth 2: every slot is used again, and again. */
+   A call is two digits, half and round (an initialiser takes no expressions). Rounds 0 .. 4 at depth 2: both slots are
+   used again, slot 0 twice. */
 #define DS(e) 0##e
 #define DR(e) 1##e
 #define CS(e) 2##e
@@ -37,7 +38,7 @@ hidden byte calls[CALLS] = {
     DS(0), DS(1), DR(0), CS(0), DR(1), CR(0), DS(2), CS(1), CR(1), DR(2), DS(3), CS(2), DR(3), CR(2), DS(4), CS(3),
     DR(4), CR(3), CS(4), CR(4) };
 
-#elif ORDER == ORDER_ahead /* never combined, and one round ahead: no receive between two sends of one slot's neighbours */
+#elif ORDER == ORDER_ahead /* never combined, and sent one round ahead of the receive */
 #define CALLS 10
 hidden byte calls[CALLS] = { DS(0), DS(1), DR(0), DS(2), DR(1), DS(3), DR(2), DS(4), DR(3), DR(4) };
 
