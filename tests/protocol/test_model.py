@@ -57,7 +57,7 @@ class Verdict:
 
 HOLDS = [
     *(Case(order, ranks) for ranks in (3, 2) for order in ORDERS),
-    Case("ahead", 3, stops=2),
+    Case("dispatch_only", 3, stops=2),
     Case("mixed", 3, define="HEARSAY"),
     Case("plain", 2, define="ANY_ROWS"),
 ]
