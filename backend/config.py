@@ -81,7 +81,7 @@ class Config:
             ("output", (None, *get_args(OutputDtype))),
         ):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str) or value not in choices:
+            if (value is not None and not isinstance(value, str)) or value not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))} (got {value!r})")
         self._check_timeout()
         self._check_payload()
@@ -105,7 +105,7 @@ class Config:
         if self.payload == "opaque":
             if self.payload_bytes < 16 or self.payload_bytes % 16:
                 raise ConfigError(
-                    f"`payload_bytes` must be a positive multiple of 16 for an opaque payload (got {self.payload_bytes})"
+                    f"`payload_bytes` must be a positive multiple of 16 for payload 'opaque' (got {self.payload_bytes})"
                 )
             if self.scale_bytes % 4:
                 raise ConfigError(f"`scale_bytes` must be a multiple of 4 (got {self.scale_bytes})")
@@ -119,12 +119,15 @@ class Config:
                     f"(got {self.hidden})"
                 )
         elif self.scale_format != "fp32":
-            raise ConfigError(f"`scale_format` {self.scale_format!r} belongs to payload 'fp8_e4m3' (got {self.payload!r})")
+            raise ConfigError(
+                f"`scale_format` {self.scale_format!r} belongs to payload 'fp8_e4m3' (got {self.payload!r})"
+            )
         for what, dtype in (("payload", self.payload), ("output", self.output_dtype)):
             size = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype)
             if size and self.hidden * size % 16:
                 raise ConfigError(
-                    f"`hidden` must make rows of a multiple of 16 bytes: {self.hidden} x {size} bytes for {what} {dtype}"
+                    f"`hidden` must make rows of a multiple of 16 bytes for {what} {dtype} of {size} bytes "
+                    f"(got {self.hidden})"
                 )
 
     @property
@@ -133,7 +136,7 @@ class Config:
         if self.output is not None:
             return self.output
         if self.payload in ("bf16", "fp16", "fp32"):
-            return self.payload  # type: ignore[return-value]  # narrowed by the line above
+            return self.payload
         return "bf16"
 
     def num_local_experts(self, num_ranks: int) -> int:

@@ -99,3 +99,11 @@ class PeerTimeoutError(MoebiusError, TimeoutError):
             f"(expected epoch {expected}, observed {observed}); the rank is masked, the next dispatch "
             "starts a round without it"
         )
+
+
+class UnsupportedError(MoebiusError, NotImplementedError):
+    """A call that an interface we stand in for has, and this package does not cover. Its message says what is."""
+
+
+class UnknownKeywordError(MoebiusError, TypeError):
+    """A keyword outside the signature of a drop-in. Recover by leaving it out; the message lists the supported set."""

@@ -4,52 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class VirtualWorld:
-    """What the virtual ranks of one process share: the heaps they will exchange, in order of creation."""
+    """What the virtual ranks of one process share, in the order in which each of them asks."""
 
     def __init__(self, size: int) -> None:
         """Make an empty world of `size` ranks."""
         self.size = size
         self._lock = threading.Lock()
-        self._shared: dict[int, tuple[Any, list[Any]]] = {}
+        self._asked = [0] * size
+        self._shared: dict[int, tuple[str, Any, int]] = {}
 
-    def share(self, sequence: int, fingerprint: Any, make: Any) -> list[Any]:
-        """What all ranks get for their `sequence`-th object; the first to ask makes it.
+    def share(self, rank: int, fingerprint: str, make: Callable[[], Any]) -> Any:
+        """What all ranks get at their n-th call; the first to call makes it, the last lets go of it.
 
         Raises:
             ConfigError: this rank asks with another fingerprint than the first one did.
         """
         with self._lock:
-            if sequence not in self._shared:
-                self._shared[sequence] = (fingerprint, make())
-            first, shared = self._shared[sequence]
-        if first != fingerprint:
-            raise ConfigError(f"ranks must agree on their config: expected {first!r} (got {fingerprint!r})")
-        return shared
+            turn = self._asked[rank]
+            if turn not in self._shared:
+                self._shared[turn] = (fingerprint, make(), 0)
+            first, shared, num_asked = self._shared[turn]
+            if first != fingerprint:
+                raise ConfigError(f"ranks must agree on their config: expected {first!r} (got {fingerprint!r})")
+            self._asked[rank] += 1
+            self._shared[turn] = (first, shared, num_asked + 1)
+            if num_asked + 1 == self.size:
+                del self._shared[turn]
+            return shared
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VirtualRank:
     """One of several ranks that live in this process; takes the place of a process group.
 
     Attributes:
+        world: what the ranks share.
         rank: this rank.
-        size: number of ranks.
     """
 
     world: VirtualWorld
     rank: int
-    num_created: int = 0
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return self.world.size
+
+    def share(self, fingerprint: str, make: Callable[[], Any]) -> Any:
+        """See `VirtualWorld.share`."""
+        return self.world.share(self.rank, fingerprint, make)
 
 
 def virtual_ranks(num_ranks: int) -> list[VirtualRank]:

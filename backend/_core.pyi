@@ -1,0 +1,105 @@
+"""The core extension. Addresses are ints; strides are bytes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+class Shape:
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        num_topk: int,
+        max_num_tokens: int,
+        depth: int,
+        payload_bytes: int,
+        scale_bytes: int,
+        reply_bytes: int,
+        has_weights: bool,
+    ) -> None: ...
+
+class HeapLayout:
+    def __init__(self, shape: Shape) -> None: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def cell_bytes(self) -> int: ...
+    @property
+    def scales_in_cell(self) -> int: ...
+    @property
+    def ids_in_cell(self) -> int: ...
+    @property
+    def reply_stride(self) -> int: ...
+    def cell(self, slot: int, src_rank: int, i: int) -> int: ...
+    def regions(self) -> list[tuple[str, int]]: ...
+
+class Segment:
+    @staticmethod
+    def create(num_bytes: int) -> Segment: ...
+    @staticmethod
+    def attach(pid: int, fd: int, num_bytes: int) -> Segment: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def fd(self) -> int: ...
+    def close_fd(self) -> None: ...
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        shape: Shape,
+        is_token_major: bool,
+        scale_format: int,
+        output_dtype: int,
+        hidden: int,
+        timeout_ns: int,
+        rank: int,
+        heaps: Sequence[Segment],
+        pids: Sequence[int],
+        simd: str,
+    ) -> None: ...
+    def dispatch_send(
+        self,
+        x: int,
+        x_stride: int,
+        x_dtype: int,
+        scales: int,
+        scales_stride: int,
+        topk_ids: int,
+        has_int64_ids: bool,
+        topk_weights: int,
+        num_tokens: int,
+        /,
+    ) -> bool: ...
+    def dispatch_recv(
+        self,
+        epoch: int,
+        x: int,
+        scales: int,
+        expert_stride: int,
+        row_stride: int,
+        group_stride: int,
+        scale_element: int,
+        src_info: int,
+        layout_range: int,
+        expert_num_tokens: int,
+        src_num_tokens: int,
+        expert_stats: int,
+        has_int64_stats: bool,
+        wait_stats: int,
+        /,
+    ) -> bool: ...
+    def combine_send(self, epoch: int, expert_out: int, expert_stride: int, row_stride: int, /) -> bool: ...
+    def combine_recv(
+        self, epoch: int, out: int, out_stride: int, num_tokens: int, topk_weights: int, wait_stats: int, /
+    ) -> bool: ...
+    @property
+    def num_rounds(self) -> int: ...
+    @property
+    def remote_bytes(self) -> int: ...
+    def is_dead(self, rank: int) -> bool: ...
+    def mask(self, rank: int, is_dead: bool) -> None: ...
+    def fault(self) -> dict[str, Any]: ...
+
+def simd_levels() -> list[str]: ...

@@ -1,0 +1,340 @@
+"""Dispatch and combine: the calls a user makes, their order checked, their halves run by an engine."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import heap, native, ops, slots
+from .arguments import Arguments
+from .config import Config
+from .engines import make_cpu_engine
+from .errors import ConfigError, MoebiusError, RoutingError, StateError
+from .faults import error_of
+from .results import Dispatched, PendingCombine, PendingDispatch
+from .rounds import Round, RoundTable, Stage
+from .wire import Wire, shape_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor
+
+_ids = itertools.count()
+
+
+class AllToAll:
+    """One-sided all-to-all between the ranks of an expert-parallel group.
+
+    A round is `dispatch` and `combine`; each is a send half, which never waits for the round's own messages, and a
+    receive half. The blocking form runs both; in the hook form (`dispatch_send`, `combine_send`) the caller computes in
+    between. Every rank makes the same calls in the same order; up to `depth` rounds may be open, and a round need not
+    be combined. All memory is fixed at construction. Not for several threads at once.
+
+    Letters in the shapes: T tokens of this call (0 to M), M `max_num_tokens`, K top-k, H hidden, E experts, L local
+    experts, R ranks.
+    """
+
+    def __init__(self, group: heap.Group, config: Config) -> None:
+        """Allocate this rank's memory and map that of the others.
+
+        Collective: every rank of the group constructs, with equal configs.
+
+        Args:
+            group: a torch.distributed process group (its backend is used here only), or one of `virtual_ranks`.
+            config: the shape of everything.
+
+        Raises:
+            ConfigError: the config does not fit the group, or differs between ranks.
+            PeerAccessError: the memory of a rank cannot be mapped.
+            NativeNotBuiltError: the extension is missing.
+        """
+        if not isinstance(config, Config):
+            raise ConfigError(f"`config` must be a moebius.Config (got {type(config).__name__})")
+        self.rank, self.num_ranks = heap.rank_and_size(group)
+        self.config = config
+        self.wire = Wire.of(config)
+        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
+        self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
+        self.heap_bytes: int = layout.total
+        self._arguments = Arguments(config, self.wire, self.num_ranks)
+        self._rounds = RoundTable(config.depth)
+        self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
+        self._layout = layout
+        self._engine: Any = make_cpu_engine(config, self._heap)
+        self.traced = ops.Traced(self, next(_ids))
+
+    engine = "cpu"
+
+    def __enter__(self) -> AllToAll:
+        """Return itself; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the memory. Not collective, may be repeated; results already handed out stay readable."""
+        self._engine = None
+        self._heap = None
+        self._slots = [None] * self.config.depth
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._engine is None
+
+    @property
+    def epoch(self) -> int:
+        """Rounds begun so far; the number of the next one."""
+        return int(self._open().num_rounds)
+
+    @property
+    def dead_ranks(self) -> tuple[int, ...]:
+        """The ranks that this one has given up; they are neither sent to nor waited for."""
+        engine = self._open()
+        return tuple(rank for rank in range(self.num_ranks) if engine.is_dead(rank))
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes that this rank has written to other ranks' memory so far, headers included."""
+        return int(self._open().remote_bytes)
+
+    def mask_rank(self, rank: int, *, dead: bool = True) -> None:
+        """Give a rank up, or take it back, by hand. Only between rounds, and on every rank alike.
+
+        Raises:
+            ConfigError: `rank` is not another rank of the group.
+        """
+        if not isinstance(rank, int) or not 0 <= rank < self.num_ranks or rank == self.rank:
+            raise ConfigError(f"`rank` must be another rank in [0, {self.num_ranks}) (got {rank!r})")
+        self._open().mask(rank, dead)
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None = None,
+        *,
+        scales: Tensor | None = None,
+        num_valid_tokens: Tensor | None = None,
+        out: Tensor | None = None,
+        out_scales: Tensor | None = None,
+        expert_stats: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> Dispatched:
+        """Send each token to the ranks of its experts and wait for the tokens routed here.
+
+        Collective: every rank calls it once per round. The result is overwritten `depth` dispatches later.
+
+        Args:
+            x: [T, H] in the payload's dtype, CPU, rows contiguous. For "fp8_e4m3" bf16, fp16 or fp32, quantised on the
+                way, or float8_e4m3fn with `scales`; for "opaque" any dtype whose rows are `payload_bytes` bytes.
+            topk_ids: [T, K] int32 or int64: the experts of each token; -1 leaves a choice unrouted. An expert named
+                twice by a token gets it once, and counts both weights.
+            topk_weights: [T, K] fp32 with `weights_at` "dispatch", else None.
+            scales: of an x that is already quantised: [T, H/128] fp32, or rows of `scale_bytes` bytes for "opaque".
+            num_valid_tokens: int32 or int64 tensor of one element: the rows from there on are not sent, and combine
+                gives zeros for them.
+            out: expert_major: [L, R*M, H] in the payload's dtype to receive into, instead of the slot's own buffer.
+            out_scales: likewise, [L, R*M, groups], row-major or column-major.
+            expert_stats: [L] int32 or int64: each expert's token count is added.
+            wait_stats: [R] int64: nanoseconds waited for each source are added.
+
+        Returns:
+            The tokens of this rank's experts, see `Dispatched`.
+
+        Raises:
+            ShapeError: a tensor is not as above; names it.
+            RoutingError: a value in `topk_ids` is no expert.
+            StateError: a receive was left out, or the object is closed.
+            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
+
+        Source: DESIGN.md, "The life of a round".
+        """
+        return self.dispatch_send(
+            x,
+            topk_ids,
+            topk_weights,
+            scales=scales,
+            num_valid_tokens=num_valid_tokens,
+            out=out,
+            out_scales=out_scales,
+            expert_stats=expert_stats,
+            wait_stats=wait_stats,
+        ).receive()
+
+    def dispatch_send(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None = None,
+        *,
+        scales: Tensor | None = None,
+        num_valid_tokens: Tensor | None = None,
+        out: Tensor | None = None,
+        out_scales: Tensor | None = None,
+        expert_stats: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> PendingDispatch:
+        """Run the send half of `dispatch`: same arguments and errors. The inputs may be changed once it returns.
+
+        Returns:
+            What to call `receive()` on, when the tokens are needed.
+        """
+        if torch.compiler.is_compiling():
+            options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
+            return self.traced.dispatch_send(x, topk_ids, topk_weights, options)  # type: ignore[return-value]
+        engine = self._open()
+        check = self._arguments
+        sent, num_tokens, _kept = check.dispatch(x, topk_ids, topk_weights, scales, num_valid_tokens)
+        if out is not None or out_scales is not None:
+            check.out(out, out_scales)
+        stats = (0, False, 0)
+        if expert_stats is not None or wait_stats is not None:
+            counters = check.expert_stats(expert_stats) if expert_stats is not None else (0, False)
+            stats = (*counters, check.wait_stats(wait_stats) if wait_stats is not None else 0)
+        epoch = engine.num_rounds
+        self._rounds.check_free(epoch)
+
+        if not engine.dispatch_send(*sent):
+            error = self._failure("dispatch", "send")
+            if isinstance(error, RoutingError):
+                raise error
+            raise self._rounds.begin(epoch, num_tokens).lose(error)
+        begun = self._rounds.begin(epoch, num_tokens)
+        kept = (out, out_scales, expert_stats, wait_stats)
+        return PendingDispatch(begun, functools.partial(self._receive_dispatch, begun, stats, kept))
+
+    def _receive_dispatch(
+        self, begun: Round, stats: tuple[int, bool, int], kept: tuple[Tensor | None, ...]
+    ) -> Dispatched:
+        engine = self._open()
+        begun.expect(Stage.SENT, "dispatch receive")
+        out, out_scales, _, _ = kept
+        slot = begun.epoch % self.config.depth
+        if out is not None or out_scales is not None:
+            buffers = slots.expert_major(self.config, self.wire, self.num_ranks, out, out_scales)
+        else:
+            buffers = self._slots[slot] or self._make_slot(slot)
+        if not engine.dispatch_recv(begun.epoch, *buffers.arguments, *stats):
+            raise begun.lose(self._failure("dispatch", "recv"))
+        begun.stage = Stage.RECEIVED
+        return Dispatched(begun, buffers)
+
+    def combine(
+        self,
+        expert_out: Tensor,
+        recv: Dispatched,
+        topk_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> Tensor:
+        """Bring the experts' outputs home and add them up, weighted, for each token.
+
+        Collective: every rank calls it for the same round.
+
+        Args:
+            expert_out: in the output dtype, last dimension contiguous. expert_major: [L, R*M, H], a row for each row of
+                `recv.x`; token_major: [R*M, H], a row for each received token, already weighted and summed over this
+                rank's experts. Rows without a token are not read.
+            recv: the dispatch that it answers.
+            topk_weights: [T, K] fp32 with `weights_at` "combine", else None.
+            out: [T, H] in the output dtype to write to, instead of a new tensor.
+            wait_stats: [R] int64: nanoseconds waited for each source are added.
+
+        Returns:
+            [T, H] in the output dtype: the fp32 sum, in ascending rank order (choice order with weights given here);
+            zeros for a token without an expert.
+
+        Raises:
+            ShapeError: a tensor is not as above; names it.
+            StateError: `recv` is stale, already combined, or of another object; or the object is closed.
+            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
+        """
+        return self.combine_send(expert_out, recv, topk_weights, out=out, wait_stats=wait_stats).receive()
+
+    def combine_send(
+        self,
+        expert_out: Tensor,
+        recv: Dispatched,
+        topk_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> PendingCombine:
+        """Run the send half of `combine`: same arguments and errors. `expert_out` may be changed once it returns.
+
+        Returns:
+            What to call `receive()` on, when the result is needed.
+        """
+        if torch.compiler.is_compiling():
+            options = (out, wait_stats)
+            return self.traced.combine_send(expert_out, recv, topk_weights, options)  # type: ignore[return-value]
+        engine = self._open()
+        if not isinstance(recv, Dispatched):
+            raise StateError(f"`recv` must be what dispatch returned (got {type(recv).__name__})")
+        begun = recv._round
+        return self._send_combine(engine, begun, expert_out, topk_weights, out, wait_stats)
+
+    def _send_combine(
+        self, engine: Any, begun: Round, expert_out: Tensor, topk_weights: Any, out: Any, wait_stats: Any
+    ) -> PendingCombine:
+        begun.expect(Stage.RECEIVED, "combine")
+        if self._rounds.find(begun.epoch) is not begun:
+            raise StateError("combine: `recv` is the result of another AllToAll")
+        check = self._arguments
+        sent = check.expert_out(expert_out)
+        weights = check.combine_weights(topk_weights, begun.num_tokens)
+        if out is not None:
+            check.combined(out, begun.num_tokens)
+        wait_ptr = check.wait_stats(wait_stats) if wait_stats is not None else 0
+        if not engine.combine_send(begun.epoch, *sent):
+            raise begun.lose(self._failure("combine", "send"))
+        begun.stage = Stage.REPLIED
+        receive = functools.partial(self._receive_combine, begun, weights, out, wait_stats, wait_ptr)
+        return PendingCombine(begun, receive)
+
+    def _receive_combine(
+        self, begun: Round, weights: Tensor | None, out: Tensor | None, _wait_stats: Tensor | None, wait_ptr: int
+    ) -> Tensor:
+        engine = self._open()
+        begun.expect(Stage.REPLIED, "combine receive")
+        if out is None:
+            out = torch.empty(begun.num_tokens, self.config.hidden, dtype=self.wire.output_dtype)
+        stride = out.stride(0) * out.element_size()
+        weights_ptr = weights.data_ptr() if weights is not None else 0
+        if not engine.combine_recv(begun.epoch, out.data_ptr(), stride, begun.num_tokens, weights_ptr, wait_ptr):
+            raise begun.lose(self._failure("combine", "recv"))
+        begun.stage = Stage.COMBINED
+        return out
+
+    def _make_slot(self, slot: int) -> slots.SlotBuffers:
+        assert self._heap is not None
+        if self.config.layout == "token_major":
+            mine = self._heap.segments[self.rank]
+            made = slots.token_major(self.config, self.wire, self.num_ranks, slot, mine, self._layout)
+        else:
+            made = slots.expert_major(self.config, self.wire, self.num_ranks)
+        self._slots[slot] = made
+        return made
+
+    def _open(self) -> Any:
+        """The engine.
+
+        Raises:
+            StateError: the object is closed.
+        """
+        if self._engine is None:
+            raise StateError("this AllToAll is closed")
+        return self._engine
+
+    def _failure(self, op: str, half: str) -> MoebiusError:
+        return error_of(self._open().fault(), op, half, self.config.num_experts)

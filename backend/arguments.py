@@ -1,0 +1,172 @@
+"""Turns the tensors of a call into what the engine takes, after checking all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail
+from .config import SCALE_GROUP
+from .wire import DTYPE_CODE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import Config
+    from .errors import ShapeError
+    from .wire import Wire
+
+NOT_QUANTISED = -1
+
+
+class Arguments:
+    """The checks of one configuration on one rank."""
+
+    def __init__(self, config: Config, wire: Wire, num_ranks: int) -> None:
+        """Take what all calls are checked against."""
+        self._config = config
+        self._wire = wire
+        self._num_ranks = num_ranks
+        self._num_local = config.num_local_experts(num_ranks)
+        self._num_rows = num_ranks * config.max_num_tokens
+        self._has_weights = config.weights_at == "dispatch"
+        self._can_quantise = config.payload == "fp8_e4m3"
+        self._x_dtypes: tuple[torch.dtype, ...] = (wire.dtype,)
+        if self._can_quantise:
+            self._x_dtypes = (*DTYPE_CODE, torch.float8_e4m3fn)
+
+    def dispatch(
+        self, x: Any, topk_ids: Any, topk_weights: Any, scales: Any, num_valid_tokens: Any
+    ) -> tuple[tuple[int, ...], int, list[Tensor]]:
+        """Check the inputs of dispatch send.
+
+        Returns:
+            The engine's arguments; T; what has to live until the call returns.
+
+        Raises:
+            ShapeError: names the argument.
+        """
+        num_tokens, x_stride = self._check_x(x)
+        shape = (num_tokens, self._config.num_topk)
+        ids = check_matrix("topk_ids", topk_ids, shape, INDEX_DTYPES)
+        kept = [x, ids]
+        weights_ptr = 0
+        if self._has_weights:
+            weights = check_matrix("topk_weights", topk_weights, shape, FLOAT)
+            kept.append(weights)
+            weights_ptr = weights.data_ptr()
+        elif topk_weights is not None:
+            raise fail("topk_weights", "None: this config takes the weights at combine", topk_weights)
+
+        x_code, scales_ptr, scales_stride = NOT_QUANTISED, 0, 0
+        if self._can_quantise and x.dtype in DTYPE_CODE:
+            x_code = DTYPE_CODE[x.dtype]
+            if scales is not None:
+                raise fail("scales", f"None: x in {x.dtype} is quantised on the way", scales)
+        elif self._wire.scale_dtype is not None:
+            scales_ptr, scales_stride = self._check_scales(scales, num_tokens)
+        elif scales is not None:
+            raise fail("scales", "None: this payload has no scales", scales)
+
+        num_sent = num_tokens
+        if num_valid_tokens is not None:
+            num_sent = self._read_num_valid(num_valid_tokens, num_tokens)
+        has_int64_ids = ids.dtype is torch.int64
+        sent = (x.data_ptr(), x_stride, x_code, scales_ptr, scales_stride, ids.data_ptr(), has_int64_ids)
+        return (*sent, weights_ptr, num_sent), num_tokens, kept
+
+    def _check_x(self, x: Any) -> tuple[int, int]:
+        """Check x; returns T and the bytes from row to row."""
+        # What is no tensor, or no matrix with strides, lacks one of these.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+            num_tokens, length = x.shape
+            if x.is_cpu and num_tokens <= self._config.max_num_tokens:
+                is_opaque = self._config.payload == "opaque"
+                size = x.dtype.itemsize
+                fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
+                row, step = x.stride()
+                if fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous()):
+                    return num_tokens, row * size
+        raise self._bad_x(x)
+
+    def _bad_x(self, x: Any) -> ShapeError:
+        most = f"[T <= {self._config.max_num_tokens}, "
+        if self._config.payload == "opaque":
+            return fail("x", f"{most}rows of {self._wire.payload_bytes} bytes] on cpu, contiguous rows", x)
+        names = " or ".join(str(dtype) for dtype in self._x_dtypes)
+        return fail("x", f"{most}{self._wire.payload_len}] {names} on cpu, contiguous rows", x)
+
+    def _check_scales(self, scales: Any, num_tokens: int) -> tuple[int, int]:
+        """Check scales that the caller made; returns their address and the bytes from row to row."""
+        if self._config.scale_format == "ue8m0":
+            raise fail("x", "bf16, fp16 or fp32: UE8M0 scales are made here, with the quantisation", scales)
+        dtypes, length = FLOAT, self._config.hidden // SCALE_GROUP
+        if self._config.payload == "opaque":
+            wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu"
+            if not isinstance(scales, torch.Tensor) or scales.layout is not torch.strided:
+                raise fail("scales", wanted, scales)
+            dtypes, length = (scales.dtype,), self._wire.scale_bytes // scales.dtype.itemsize
+        strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True)
+        return scales.data_ptr(), strides[0] * scales.dtype.itemsize
+
+    def _read_num_valid(self, num_valid_tokens: Any, num_tokens: int) -> int:
+        if not isinstance(num_valid_tokens, torch.Tensor) or num_valid_tokens.numel() != 1:
+            raise fail("num_valid_tokens", "a tensor of one int32 or int64", num_valid_tokens)
+        check_tensor("num_valid_tokens", num_valid_tokens, tuple(num_valid_tokens.shape), INDEX_DTYPES)
+        return min(max(int(num_valid_tokens), 0), num_tokens)
+
+    def out(self, out: Any, out_scales: Any) -> None:
+        """Check the tensors that a dispatch is to be received into.
+
+        Raises:
+            ShapeError: one of them does not fit, or the layout is token_major, which shows the heap itself.
+        """
+        if self._config.layout == "token_major":
+            name, given = ("out", out) if out is not None else ("out_scales", out_scales)
+            raise fail(name, "None: token_major shows the tokens in place", given)
+        rows = (self._num_local, self._num_rows)
+        if out is not None:
+            check_tensor("out", out, (*rows, self._wire.payload_len), (self._wire.dtype,))
+        if out_scales is not None:
+            if self._wire.scale_dtype is None:
+                raise fail("out_scales", "None: this payload has no scales", out_scales)
+            shape = (*rows, self._wire.scale_len)
+            # Row-major or column-major in the last two dimensions.
+            is_tensor = isinstance(out_scales, torch.Tensor) and out_scales.dim() == 3
+            as_rows = out_scales.transpose(1, 2) if is_tensor and out_scales.stride(-1) != 1 else out_scales
+            wanted = (shape[0], shape[2], shape[1]) if as_rows is not out_scales else shape
+            check_tensor("out_scales", as_rows, wanted, (self._wire.scale_dtype,))
+
+    def expert_stats(self, stats: Any) -> tuple[int, bool]:
+        """Check a counter per local expert; returns its address and whether it is int64."""
+        check_tensor("expert_stats", stats, (self._num_local,), INDEX_DTYPES)
+        return stats.data_ptr(), stats.dtype is torch.int64
+
+    def wait_stats(self, stats: Any) -> int:
+        """Check a counter per source rank; returns its address."""
+        check_tensor("wait_stats", stats, (self._num_ranks,), (torch.int64,))
+        address: int = stats.data_ptr()
+        return address
+
+    def expert_out(self, expert_out: Any) -> tuple[int, int, int]:
+        """Check the experts' outputs; returns address, bytes from expert to expert and from row to row."""
+        wire = self._wire
+        is_expert_major = self._config.layout == "expert_major"
+        shape = (self._num_local, self._num_rows, wire.hidden) if is_expert_major else (self._num_rows, wire.hidden)
+        strides = check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True)
+        size = wire.output_dtype.itemsize
+        return expert_out.data_ptr(), strides[0] * size if is_expert_major else 0, strides[-2] * size
+
+    def combine_weights(self, topk_weights: Any, num_tokens: int) -> Tensor | None:
+        """Check the weights that combine is given."""
+        if self._has_weights:
+            if topk_weights is not None:
+                raise fail("topk_weights", "None: this config takes the weights at dispatch", topk_weights)
+            return None
+        return check_matrix("topk_weights", topk_weights, (num_tokens, self._config.num_topk), FLOAT)
+
+    def combined(self, out: Any, num_tokens: int) -> None:
+        """Check the tensor that a combine is to be received into."""
+        check_tensor("out", out, (num_tokens, self._wire.hidden), (self._wire.output_dtype,), rows=True)

@@ -1,0 +1,73 @@
+"""Checks of the tensors that callers pass: by name, with what was expected and what came."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INDEX_DTYPES = (torch.int64, torch.int32)
+FLOAT = (torch.float32,)
+
+
+def describe(tensor: Any) -> str:
+    """What came, for an error message."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}"
+
+
+def fail(name: str, expected: str, tensor: Any) -> ShapeError:
+    """The error of a tensor that is not as expected."""
+    return ShapeError(f"`{name}` must be {expected} (got {describe(tensor)})")
+
+
+def check_tensor(
+    name: str, tensor: Any, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], *, rows: bool = False
+) -> tuple[int, ...]:
+    """Check a dense CPU tensor of one of `dtypes`. On every call's path: each property is read once.
+
+    Args:
+        name: of the argument.
+        tensor: what came.
+        shape: expected sizes.
+        dtypes: those allowed.
+        rows: only the last dimension has to be contiguous; the others may have any stride.
+
+    Returns:
+        The tensor's strides, in elements.
+
+    Raises:
+        ShapeError: it is anything else.
+    """
+    # What is no tensor, or none with strides, lacks one of these.
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
+            strides: tuple[int, ...] = tensor.stride()
+            if (rows and strides[-1] == 1) or tensor.is_contiguous():
+                return strides
+    sizes = ", ".join(str(size) for size in shape)
+    contiguity = "contiguous rows" if rows else "contiguous"
+    names = " or ".join(str(dtype) for dtype in dtypes)
+    raise fail(name, f"[{sizes}] {names} on cpu, {contiguity}", tensor)
+
+
+def check_matrix(name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Check a matrix that is small enough to be copied when its rows are not adjacent.
+
+    Returns:
+        It, contiguous.
+
+    Raises:
+        ShapeError: shape, dtype or device is another.
+    """
+    strides = check_tensor(name, tensor, shape, dtypes, rows=True)
+    checked: Tensor = tensor
+    return checked if strides[0] == shape[1] else checked.contiguous()

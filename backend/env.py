@@ -1,0 +1,60 @@
+"""The environment variables that moebius knows, and the only place of the package that reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from .errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        name: as it is set.
+        values: what it may hold: the words it is checked against, or a description when it holds something else.
+        default: what holds when it is unset or empty, in words.
+        meaning: what it changes, and when it is read.
+    """
+
+    name: str
+    values: tuple[str, ...] | str
+    default: str
+    meaning: str
+
+
+SIMD = Variable(
+    "MOEBIUS_SIMD",
+    ("avx512", "avx2", "scalar"),
+    "the best the processor has",
+    "SIMD level of the CPU engine; read when the extension is loaded",
+)
+VARIABLES = (
+    SIMD,
+    Variable(
+        "MOEBIUS_SKIP_CUDA_BUILD",
+        ("1",),
+        "built when nvcc and its sources are there",
+        "build without the CUDA extension; read by setup.py",
+    ),
+    Variable("MOEBIUS_BUILD_JOBS", "a number", "one per core", "compilers that run at once; read by setup.py"),
+)
+
+
+def _choice(variable: Variable) -> str | None:
+    """The value of a variable that holds one of several words; None when it is unset or empty."""
+    value = os.environ.get(variable.name, "")
+    if value and value not in variable.values:
+        raise ConfigError(f"`{variable.name}` must be one of {', '.join(variable.values)} (got {value!r})")
+    return value or None
+
+
+def simd() -> str | None:
+    """The SIMD level that is asked for, or None to take the best.
+
+    Raises:
+        ConfigError: it is no level that exists.
+    """
+    return _choice(SIMD)

@@ -1,0 +1,139 @@
+"""The symmetric heap: one segment a rank, mapped by all. Anonymous memory, so nothing can be left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from . import native
+from .errors import ConfigError, PeerAccessError
+from .group import VirtualRank
+
+if TYPE_CHECKING:
+    from . import _core
+
+    Group = VirtualRank | dist.ProcessGroup
+
+
+@dataclasses.dataclass
+class SymmetricHeap:
+    """This rank's segment and its peers'.
+
+    Attributes:
+        rank: this rank.
+        segments: [R] the heap of every rank, mapped here.
+        pids: [R] process of every rank; 0 for one that lives in this process.
+    """
+
+    rank: int
+    segments: list[_core.Segment]
+    pids: list[int]
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.segments)
+
+
+def rank_and_size(group: Group) -> tuple[int, int]:
+    """This rank and the number of ranks of a group.
+
+    Raises:
+        ConfigError: `group` is neither a process group that this rank belongs to nor a virtual rank.
+    """
+    if isinstance(group, VirtualRank):
+        return group.rank, group.size
+    if not isinstance(group, dist.ProcessGroup):
+        raise ConfigError(
+            f"`group` must be a torch.distributed process group or a rank of moebius.virtual_ranks (got {group!r})"
+        )
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def allocate(group: Group, num_bytes: int, fingerprint: str) -> SymmetricHeap:
+    """Make a heap of `num_bytes` on every rank of the group and map them all.
+
+    Collective over a process group. Virtual ranks share what the first of them makes.
+
+    Args:
+        group: the ranks.
+        num_bytes: size of each rank's heap.
+        fingerprint: what all ranks must agree on, in words.
+
+    Raises:
+        ConfigError: the ranks' fingerprints differ.
+        PeerAccessError: a rank's memory cannot be mapped here; raised on every rank.
+    """
+    if isinstance(group, VirtualRank):
+        return _allocate_virtual(group, num_bytes, fingerprint)
+    return _allocate_processes(group, num_bytes, fingerprint)
+
+
+def _allocate_virtual(group: VirtualRank, num_bytes: int, fingerprint: str) -> SymmetricHeap:
+    segment = native.core().Segment
+
+    def make() -> list[_core.Segment]:
+        segments = [segment.create(num_bytes) for _ in range(group.size)]
+        for made in segments:
+            made.close_fd()
+        return segments
+
+    segments = group.share(fingerprint, make)
+    return SymmetricHeap(group.rank, segments, [0] * group.size)
+
+
+def _host() -> str:
+    """What two processes must share to open each other's memory: the kernel and the PID namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{platform.node()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: str) -> SymmetricHeap:
+    segment_type = native.core().Segment
+    rank, _ = rank_and_size(group)
+    mine, error = None, ""
+    try:
+        mine = segment_type.create(num_bytes)
+    except OSError as caught:
+        error = f"cannot allocate {num_bytes} bytes of shared memory: {caught}"
+    about = _gather(group, (fingerprint, _host(), os.getpid(), mine.fd if mine else -1, error))
+
+    if not any(error for *_, error in about):
+        for peer, (theirs, *_rest) in enumerate(about):
+            if theirs != about[0][0]:
+                raise ConfigError(
+                    f"ranks must agree on their config: expected {about[0][0]!r} as on rank 0 "
+                    f"(rank {peer} got {theirs!r})"
+                )
+    segments: list[_core.Segment] = []
+    for peer, (_, host, pid, fd, peer_error) in enumerate(about):
+        if peer_error:
+            error = error or f"rank {peer} {peer_error}"
+        elif error:
+            break
+        elif peer == rank and mine is not None:
+            segments.append(mine)
+        elif host != about[rank][1]:
+            error = f"ranks {rank} and {peer} do not share a host and a PID namespace, which the CPU engine needs"
+        else:
+            try:
+                segments.append(segment_type.attach(pid, fd, num_bytes))
+            except OSError as caught:
+                error = f"rank {rank} cannot map the memory of rank {peer}: {caught}"
+    errors = [told for told in _gather(group, error) if told]
+    if mine is not None:
+        mine.close_fd()
+    if errors:
+        raise PeerAccessError(errors[0])
+    return SymmetricHeap(rank, segments, [0 if peer == rank else pid for peer, (_, _, pid, _, _) in enumerate(about)])
+
+
+def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

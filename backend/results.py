@@ -1,0 +1,157 @@
+"""What dispatch and combine return: typed, and unusable once it is out of date."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .rounds import Round
+    from .slots import SlotBuffers
+
+
+class Dispatched:
+    """The tokens that a round brought to this rank's experts.
+
+    The tensors belong to the round's slot: they are overwritten `depth` dispatches later, and reading them from
+    then on raises `StateError`. In the shapes, L is local experts, R ranks, M `max_num_tokens`, K top-k.
+
+    Attributes:
+        num_tokens: T of this rank's own dispatch.
+    """
+
+    __slots__ = ("_buffers", "_round", "num_tokens")
+
+    def __init__(self, begun: Round, buffers: SlotBuffers) -> None:
+        """Tie a round to the buffers that it was received into."""
+        self._round = begun
+        self._buffers = buffers
+        self.num_tokens = begun.num_tokens
+
+    @property
+    def epoch(self) -> int:
+        """Number of the round."""
+        return self._round.epoch
+
+    @property
+    def x(self) -> Tensor:
+        """The tokens, in the payload's dtype (uint8 for opaque).
+
+        expert_major: [L, R*M, H]; the rows of expert l are the first `expert_num_tokens[l]`, ordered by (source rank,
+        token); those past it are undefined. token_major: [R*M, H], the inbox itself: the rows of source rank r are the
+        `src_num_tokens[r]` from r*M on, in token order.
+        """
+        self._round.check_live()
+        return self._buffers.x
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Scales of the payload's groups of 128, [L, R*M, H/128] fp32, or [.., H/512] int32 of packed UE8M0.
+
+        Column-major in the last two dimensions for expert_major (as DeepGEMM reads them), [R*M, ..] row-major for
+        token_major; [.., scale_bytes] uint8, row-major, for opaque; None for a payload without scales.
+        """
+        self._round.check_live()
+        return self._buffers.scales
+
+    @property
+    def expert_num_tokens(self) -> Tensor:
+        """[L] int32: tokens for each local expert."""
+        self._round.check_live()
+        return self._buffers.expert_num_tokens
+
+    @property
+    def src_num_tokens(self) -> Tensor:
+        """[R] int32: tokens that each rank sent here."""
+        self._round.check_live()
+        return self._buffers.src_num_tokens
+
+    @property
+    def topk_ids(self) -> Tensor | None:
+        """token_major: [R*M, K] int32, local expert or -1 (all -1 in unused rows); else None."""
+        self._round.check_live()
+        return self._buffers.topk_ids
+
+    @property
+    def topk_weights(self) -> Tensor | None:
+        """token_major: [R*M, K] fp32; else None."""
+        self._round.check_live()
+        return self._buffers.topk_weights
+
+    @property
+    def src_info(self) -> Tensor | None:
+        """expert_major: [L, R*M] int32, index of each row's token at its source; else None."""
+        self._round.check_live()
+        return self._buffers.src_info
+
+    @property
+    def layout_range(self) -> Tensor | None:
+        """expert_major: [L, R] int64, first row << 32 | rows, of each source; else None."""
+        self._round.check_live()
+        return self._buffers.layout_range
+
+
+class PendingDispatch:
+    """A dispatch whose send half has run."""
+
+    __slots__ = ("_receive", "_result", "_round")
+
+    def __init__(self, begun: Round, receive: Callable[[], Dispatched]) -> None:
+        """Hold the receive half."""
+        self._round = begun
+        self._receive: Callable[[], Dispatched] | None = receive
+        self._result: Dispatched | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the round."""
+        return self._round.epoch
+
+    def receive(self) -> Dispatched:
+        """Run the receive half: wait for every rank's tokens and lay them out. Again: the same result.
+
+        Raises:
+            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
+            StateError: the object was closed.
+        """
+        if self._result is None and self._receive is not None:
+            self._result = self._receive()
+            self._receive = None
+        assert self._result is not None
+        return self._result
+
+
+class PendingCombine:
+    """A combine whose send half has run."""
+
+    __slots__ = ("_receive", "_result", "_round")
+
+    def __init__(self, begun: Round, receive: Callable[[], Tensor]) -> None:
+        """Hold the receive half."""
+        self._round = begun
+        self._receive: Callable[[], Tensor] | None = receive
+        self._result: Tensor | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the round."""
+        return self._round.epoch
+
+    def receive(self) -> Tensor:
+        """Run the receive half: wait for the rows of this rank's tokens and add them up. Again: the same tensor.
+
+        Returns:
+            [T, H] in the output dtype.
+
+        Raises:
+            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
+            StateError: the object was closed.
+        """
+        if self._result is None and self._receive is not None:
+            self._result = self._receive()
+            self._receive = None
+        assert self._result is not None
+        return self._result

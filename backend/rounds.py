@@ -1,0 +1,118 @@
+"""Which halves of which rounds have run: the order of calls, checked before anything happens."""
+
+from __future__ import annotations
+
+import enum
+
+from .errors import MoebiusError, StateError
+
+
+class Stage(enum.IntEnum):
+    """How far a round has come on this rank."""
+
+    SENT = 0  # dispatch send has run
+    RECEIVED = 1
+    REPLIED = 2  # combine send has run
+    COMBINED = 3
+    LOST = 4  # a rank failed in it
+    OVERWRITTEN = 5  # its slot serves a later round
+
+
+NEXT_CALL = {
+    Stage.SENT: "receive() of its dispatch",
+    Stage.RECEIVED: "combine() of its result",
+    Stage.REPLIED: "receive() of its combine",
+}
+
+
+class Round:
+    """One round on this rank.
+
+    Attributes:
+        epoch: its number.
+        num_tokens: T of this rank's dispatch.
+        stage: how far it has come.
+        error: why it was lost.
+    """
+
+    __slots__ = ("epoch", "error", "num_tokens", "stage")
+
+    def __init__(self, epoch: int, num_tokens: int) -> None:
+        """Begin it."""
+        self.epoch = epoch
+        self.num_tokens = num_tokens
+        self.stage = Stage.SENT
+        self.error: MoebiusError | None = None
+
+    def lose(self, error: MoebiusError) -> MoebiusError:
+        """Mark it lost, for the error that is returned."""
+        self.stage = Stage.LOST
+        self.error = error
+        return error
+
+    def expect(self, stage: Stage, call: str) -> None:
+        """Check that the round is at `stage`, as `call` needs it.
+
+        Raises:
+            StateError: it is not; says what has to come first, or that it is too late.
+            MoebiusError: the round was lost; the error that it was lost with.
+        """
+        if self.stage is stage:
+            return
+        if self.stage is Stage.LOST and self.error is not None:
+            raise self.error
+        if self.stage is Stage.OVERWRITTEN:
+            raise StateError(f"{call}: the result of round {self.epoch} is stale, a later dispatch reuses its memory")
+        if self.stage < stage:
+            raise StateError(f"{call}: round {self.epoch} expects {NEXT_CALL[self.stage]} first")
+        raise StateError(f"{call}: round {self.epoch} has already been through it")
+
+    def check_live(self) -> None:
+        """Check that the tensors of the round's result still hold it.
+
+        Raises:
+            StateError: a later dispatch reuses their memory.
+        """
+        if self.stage is Stage.OVERWRITTEN:
+            self.expect(Stage.RECEIVED, "result")
+
+
+class RoundTable:
+    """The last round of each of the `depth` slots."""
+
+    def __init__(self, depth: int) -> None:
+        """Start with no round."""
+        self._slots: list[Round | None] = [None] * depth
+
+    def check_free(self, epoch: int) -> None:
+        """Check that round `epoch` may take its slot.
+
+        Raises:
+            StateError: the round before it in the slot still expects a receive.
+        """
+        last = self._slots[epoch % len(self._slots)]
+        if last is not None and last.stage in (Stage.SENT, Stage.REPLIED):
+            raise StateError(
+                f"dispatch: round {last.epoch} still expects {NEXT_CALL[last.stage]}; "
+                f"at most depth = {len(self._slots)} rounds may be open"
+            )
+
+    def begin(self, epoch: int, num_tokens: int) -> Round:
+        """Give the slot of round `epoch` to it; what it held becomes stale."""
+        slot = epoch % len(self._slots)
+        last = self._slots[slot]
+        if last is not None and last.stage is not Stage.LOST:
+            last.stage = Stage.OVERWRITTEN
+        begun = self._slots[slot] = Round(epoch, num_tokens)
+        return begun
+
+    def find(self, epoch: int) -> Round:
+        """The round `epoch`.
+
+        Raises:
+            StateError: a later one has its slot, or it has not begun.
+        """
+        found = self._slots[epoch % len(self._slots)]
+        if found is None or found.epoch != epoch:
+            raise StateError(f"round {epoch} is stale: a later dispatch reuses its memory")
+        return found

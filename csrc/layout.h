@@ -1,0 +1,169 @@
+// The one definition of what lies where in a rank's heap. Every engine and Python ask it; nothing
+// repeats its arithmetic (DESIGN.md, I8). Clean for host and device: no library, no exceptions, no
+// allocation.
+//
+// A heap has the same layout on every rank:
+//   control         the round counter and what a rank says of itself
+//   masks           the ranks that this one has given up
+//   signals         D x R x {dispatch, combine}, one per 128 bytes
+//   dispatch inbox  D x R x M cells: every source may send all its tokens here
+//   combine inbox   D x rows: the source assigns the rows, so the count is exact
+//   workspace       D x what the halves of a round tell each other; never touched by a peer
+//
+// Signals. Slot of round e: e % D. A word is `epoch << 24 | low`; low is count + 1, or kAborted |
+// culprit + 1.
+//   signal    | writer          | reader                        | order, scope    | at rest        | reset by
+//   dispatch  | source, DS(e)   | destination, DR(e)            | release/acquire | word of e - D  | never: the
+//   combine   | destination,    | source, CR(e) and the closing | release/acquire | word of e - D  |   epoch is
+//             | CS(e)           | wait of DS(e + D)             |                 |                |   compared
+// Zero, the word of fresh memory, has no count and so is "nothing yet" for every epoch. A word
+// older than expected means not here yet; a newer one is a protocol error, unless it is an abort: a
+// rank that loses a round while it opens it says so at once, over a word that may not have been
+// read, and has given up all before as well.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define MOEBIUS_HD __host__ __device__
+#else
+#define MOEBIUS_HD
+#endif
+
+namespace moebius {
+
+constexpr int64_t kLineBytes = 128;   // two cache lines: neighbours are prefetched in pairs on x86
+constexpr int64_t kVectorBytes = 16;  // the unit of a bulk copy (PTX ISA, cp.async.bulk)
+constexpr int64_t kPageBytes = 4096;
+constexpr int kScaleGroup = 128;  // channels that share one FP8 scale
+constexpr int kMaxTopk = 32;
+constexpr int kMaxDepth = 8;
+
+constexpr int kCountBits = 24;
+constexpr uint64_t kAborted =
+    1u << 23;  // the sender gave the round up; the low bits name the culprit
+constexpr uint64_t kLowMask = (1u << kCountBits) - 1;
+
+MOEBIUS_HD constexpr int64_t align_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+MOEBIUS_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+MOEBIUS_HD constexpr uint64_t signal_word(uint64_t epoch, uint64_t count) {
+  return epoch << kCountBits | (count + 1);
+}
+MOEBIUS_HD constexpr uint64_t abort_word(uint64_t epoch, uint64_t culprit) {
+  return epoch << kCountBits | kAborted | (culprit + 1);
+}
+MOEBIUS_HD constexpr uint64_t signal_epoch(uint64_t word) { return word >> kCountBits; }
+MOEBIUS_HD constexpr bool signal_is_abort(uint64_t word) { return (word & kAborted) != 0; }
+// Count of a signal, or culprit of an abort.
+MOEBIUS_HD constexpr int64_t signal_value(uint64_t word) {
+  return static_cast<int64_t>(word & (kAborted - 1)) - 1;
+}
+// True once the word of `epoch`, or a newer one, is there.
+MOEBIUS_HD constexpr bool signal_arrived(uint64_t word, uint64_t epoch) {
+  return (word & kLowMask) != 0 && signal_epoch(word) >= epoch;
+}
+
+enum class SignalKind : int32_t { kDispatch = 0, kCombine = 1 };
+
+// One signal word and, for waiters that sleep, a note that they do; alone on its line.
+struct Signal {
+  uint64_t word;
+  uint32_t num_sleepers;
+};
+
+// What a rank says of itself; written by its owner only.
+struct Control {
+  uint64_t epoch;     // rounds begun: the number of the next one
+  uint64_t awaiting;  // signal_word(epoch, rank) while waiting long, else 0: read by peers to find
+                      // who is to blame
+  uint64_t combined[kMaxDepth];  // per slot: 1 + the last round whose combine signals are out
+};
+
+// Everything the layout depends on; equal on all ranks.
+struct Shape {
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t num_topk;
+  int32_t max_num_tokens;
+  int32_t depth;
+  int64_t payload_bytes;  // of one token
+  int64_t scale_bytes;    // of one token, as they travel
+  int64_t reply_bytes;    // of one row that combine sends
+  bool has_weights;  // weights travel with dispatch, so combine is reduced on the expert's rank
+
+  MOEBIUS_HD constexpr int32_t num_local_experts() const { return num_experts / num_ranks; }
+  // Rows a token can get back: one per rank where they are reduced there, else one per choice.
+  MOEBIUS_HD constexpr int64_t replies_per_token() const {
+    return has_weights ? min_of(num_topk, num_ranks) : num_topk;
+  }
+};
+
+// Head of a cell's header; `num_topk` local experts (int32, -1: not here) and, with `has_weights`,
+// as many weights (float) follow.
+struct CellHead {
+  int32_t token;      // index at the source
+  int32_t reply_row;  // row of the source's combine inbox that takes the reply; plus the choice,
+                      // without weights
+};
+
+struct HeapLayout {
+  Shape shape;
+  int64_t scales_in_cell, head_in_cell, cell_bytes, reply_stride;
+  int64_t control, masks, signals, dispatch_inbox, combine_inbox, workspace, total;
+  // In the workspace of a slot:
+  int64_t num_sent, num_received, num_clean, reply_rows, cell_rows, workspace_bytes;
+
+  MOEBIUS_HD static constexpr HeapLayout of(const Shape& s) {
+    HeapLayout h{};
+    h.shape = s;
+    const int64_t num_cells = int64_t{s.num_ranks} * s.max_num_tokens;
+    h.scales_in_cell = align_up(s.payload_bytes, kVectorBytes);
+    h.head_in_cell = align_up(h.scales_in_cell + s.scale_bytes, kVectorBytes);
+    const int64_t head_bytes =
+        int64_t{sizeof(CellHead)} + int64_t{s.num_topk} * (s.has_weights ? 8 : 4);
+    h.cell_bytes = align_up(h.head_in_cell + head_bytes, kLineBytes);
+    h.reply_stride = align_up(s.reply_bytes, kLineBytes);
+
+    h.control = 0;
+    h.masks = align_up(sizeof(Control), kLineBytes);
+    h.signals =
+        h.masks + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // uint32 [R], 1: given up
+    h.dispatch_inbox = h.signals + int64_t{s.depth} * s.num_ranks * 2 * kLineBytes;
+    h.combine_inbox = h.dispatch_inbox + s.depth * num_cells * h.cell_bytes;
+    h.workspace =
+        h.combine_inbox + s.depth * s.max_num_tokens * s.replies_per_token() * h.reply_stride;
+
+    h.num_sent = 0;  // int32 [R], then the valid tokens
+    h.num_received = align_up(4 * (s.num_ranks + int64_t{1}), kLineBytes);          // int32 [R]
+    h.num_clean = h.num_received + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // int32 [R]
+    h.reply_rows =
+        h.num_clean + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // int32 [M, replies]
+    h.cell_rows = h.reply_rows + align_up(4 * s.max_num_tokens * s.replies_per_token(), kLineBytes);
+    h.workspace_bytes =
+        h.cell_rows + align_up(4 * num_cells * s.num_topk, kLineBytes);  // int32 [R, M, K]
+    h.total = align_up(h.workspace + s.depth * h.workspace_bytes, kPageBytes);
+    return h;
+  }
+
+  MOEBIUS_HD constexpr int slot_of(uint64_t epoch) const {
+    return static_cast<int>(epoch % static_cast<uint64_t>(shape.depth));
+  }
+  MOEBIUS_HD constexpr int64_t signal(int slot, int src_rank, SignalKind kind) const {
+    return signals +
+           ((int64_t{slot} * shape.num_ranks + src_rank) * 2 + static_cast<int>(kind)) * kLineBytes;
+  }
+  MOEBIUS_HD constexpr int64_t cell(int slot, int src_rank, int64_t i) const {
+    return dispatch_inbox +
+           ((int64_t{slot} * shape.num_ranks + src_rank) * shape.max_num_tokens + i) * cell_bytes;
+  }
+  MOEBIUS_HD constexpr int64_t reply(int slot, int64_t row) const {
+    return combine_inbox +
+           (int64_t{slot} * shape.max_num_tokens * shape.replies_per_token() + row) * reply_stride;
+  }
+  MOEBIUS_HD constexpr int64_t local(int slot, int64_t what) const {
+    return workspace + slot * workspace_bytes + what;
+  }
+};
+
+}  // namespace moebius

@@ -1,0 +1,1 @@
+"""Graph capture of decode steps; nothing yet."""
