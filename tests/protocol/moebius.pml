@@ -2,8 +2,7 @@
    slots; a rank may stop for good at any point. docs/protocol-model.md says what is modelled and what it taught.
 
    Options: -DR=2|3 -DORDER=ORDER_<name> -DSTOPS=<ranks that may stop> -DHEARSAY -DANY_ROWS
-   Mutations, each to be refuted: NO_CLOSING NO_EMPTY_COMBINE NO_EPOCH NO_ABORT, and failure rules that do not work:
-   LEAVE_CLOSING LEAVE_RECEIVE COMBINE_AT_ONCE NO_DRAIN. */
+   Mutations, each to be refuted: NO_CLOSING NO_EMPTY_COMBINE NO_EPOCH NO_ABORT NO_OVERTAKE NO_LOOK_AT_DEAD. */
 #ifndef R
 #define R 2
 #endif
@@ -19,9 +18,12 @@
 #include "orders.pml"
 
 #define bit(x) (1 << (x))
-#define low(m) (((m) & 1) -> 0 : (((m) & 2) -> 1 : (((m) & 4) -> 2 : 3))) /* the lowest rank in a set */
-#define rest(m) ((m) & ((m) - 1))                                      /* the set without it */
-#define size(m) (((m) & 1) + (((m) >> 1) & 1) + (((m) >> 2) & 1) + (((m) >> 3) & 1))
+#define low(m) (((m) & 1) -> 0 : (((m) & 2) -> 1 : 2)) /* the lowest rank in a set: receives go in this order */
+#define rest(m) ((m) & ((m) - 1))                      /* the set without it */
+#define size(m) (((m) & 1) + (((m) >> 1) & 1) + (((m) >> 2) & 1))
+#define neighbour ((me + 1) % R)
+#define near(m) ((me + 1 + !((m) & bit(neighbour))) % R) /* sends begin with the neighbour */
+#define far(m) ((m) & ~bit(near(m)))
 #define everyone (bit(R) - 1)
 #define me (_pid - 1)
 #define others (everyone & ~bit(me) & ~dead)
@@ -30,7 +32,6 @@
 #define EMPTY 0
 #define ROWS 1
 #define ABORT 2 /* + the rank to blame */
-#define EXPIRED 7
 #define pack(e, code) (((e) + 1) * 8 + (code))
 #define epoch_of(w) ((w) >> 3)
 
@@ -67,63 +68,46 @@ bool token_major;
 #define ready(kind, src, e) (here(kind, src, e) || (stopped & bit(src)))
 #endif
 
-/* A wait ends with rows, with none, with the round broken by its sender, or by the deadline (never for a live rank). */
+/* A wait ends with rows, with none, with an abort, or by the deadline (never for a live rank), which reads as if the
+   awaited rank blamed itself. A newer word is an error, unless it is an abort, for an abort waits for no reader. */
+#define expired(src) (ABORT + (src))
+#define is_abort(w) (((w) & 7) >= ABORT)
+#ifdef NO_OVERTAKE
+#define may_overtake(w) 0
+#else
+#define may_overtake(w) is_abort(w)
+#endif
 inline hear(kind, src, e) {
     code = word[at(kind, me, e, src)];
 #ifdef NO_EPOCH
-    code = (code -> code & 7 : EXPIRED);
+    code = (code -> code & 7 : expired(src))
 #else
-    assert(epoch_of(code) <= (e) + 1); /* newer than expected: protocol error */
-    code = (epoch_of(code) == (e) + 1 -> code & 7 : EXPIRED);
+    assert(epoch_of(code) <= (e) + 1 || may_overtake(code)); /* newer than expected: protocol error */
+    code = (epoch_of(code) >= (e) + 1 -> code & 7 : expired(src))
 #endif
-    news = 0;
-    if
-    :: code == EXPIRED -> learn(src)
-    :: code >= ABORT && code < EXPIRED -> learn(code - ABORT)
-    :: else
-    fi
 }
 
-inline learn(culprit) {
-    assert(stopped & bit(culprit)); /* no live rank is ever given up */
-    news = !(dead & bit(culprit));
-    dead = dead | bit(culprit);
-    why = culprit + 1
+/* The round is lost, and who is to blame given up. */
+inline blame_for_it(culprit) {
+    blame = culprit;
+    assert(stopped & bit(blame)); /* no live rank is ever given up */
+    dead = dead | bit(blame);
+    code = 0
 }
 
 inline put(kind, dst, e, code_) { word[at(kind, dst, e, me)] = pack(e, code_) }
 
-/* Any failure detector: whoever waits may learn of a stopped rank otherwise than by its own deadline on it. It goes on
-   waiting for the others, except in combine receive, which may be left. */
+/* Any failure detector: whoever waits may learn of a stopped rank otherwise than by its own deadline on it. */
 #ifdef HEARSAY
 #define stranger low(stopped & ~dead & everyone)
-#define hearsay(next) \
-    :: atomic { stopped & ~dead & everyone -> \
-        blame = stranger + 1; dead = dead | bit(blame - 1); todo = todo & ~dead; \
-        if :: !todo -> goto next :: else fi }
-#define hearsay_and_leave \
-    :: atomic { stopped & ~dead & everyone -> dead = dead | bit(stranger); mine = mine | LOST; goto next }
+#define hearsay(next) :: atomic { stopped & ~dead & everyone -> blame_for_it(stranger); goto next }
 #else
 #define hearsay(next)
-#define hearsay_and_leave
 #endif
-
-/* Waits of the dispatch send for the round that had the slot before. Abort codes count as signals; news of a rank that
-   was not known to have stopped breaks the new round. */
-inline close_wait(kind, e) {
-    hear(kind, low(todo), e);
-    blame = (news -> why : blame);
-    todo = rest(todo) & ~dead;
-#ifdef LEAVE_CLOSING
-    todo = (blame -> 0 : todo);
-#endif
-    code = 0; why = 0; news = 0
-}
 
 /* What a rank keeps of a round, by slot. */
 #define COMBINED 1 /* the combine signals of the round are sent, full, empty or broken */
 #define LOST 2     /* the round is lost: its remaining halves are skipped */
-#define UNHEARD 4  /* lost before its dispatch signals were heard */
 
 #define mine state[slot(e)]
 #define sent sent_to[me * D + slot(e)]
@@ -135,14 +119,14 @@ inline close_wait(kind, e) {
    to shared memory, and wherever a wait may block. `todo`: the ranks that a half has still to signal or to hear. */
 proctype rank() provided (!(stopped & bit(me)))
 {
-    byte pc, e, todo, code, why, blame, dead;
-    bit news;
+    byte pc, e, todo, code, blame, dead;
+    byte heard; /* in combine receive: whose rows are read */
     byte state[D];
     byte got[D * R]; /* 1 + reply row of the message that a source sent */
 
 next:
     atomic {
-        code = 0; blame = 0; e = 0;
+        code = 0; blame = 0; heard = 0; e = 0;
         do /* skip the remaining halves of a lost round */
         :: pc < CALLS && half(calls[pc]) > 0 && (state[slot(round(calls[pc]))] & LOST) -> pc++
         :: else -> break
@@ -161,58 +145,61 @@ next:
 #ifdef NO_EMPTY_COMBINE
             :: e >= D && todo && !(mine & COMBINED) -> goto open
 #endif
-#ifndef NO_DRAIN
-            :: e >= D && todo && (mine & UNHEARD) -> goto drain
-#endif
             :: else -> goto blank
             fi
         :: half(calls[pc - 1]) == 1 -> if :: todo -> goto receive :: else -> goto next fi
         :: half(calls[pc - 1]) == 2 -> mine = COMBINED; if :: todo -> goto reply :: else -> goto next fi
-        :: half(calls[pc - 1]) == 3 -> todo = sent; if :: todo -> goto collect :: else -> goto next fi
+        :: half(calls[pc - 1]) == 3 -> todo = sent;
+#ifdef NO_LOOK_AT_DEAD
+            todo = todo & ~dead;
+#endif
+            if :: todo -> goto collect :: else -> goto collected fi
         fi
     };
 
     /* ---- dispatch send ---- */
-drain: /* a lost round whose dispatch signals were not heard: our combine signal may only follow them */
-    do
-    :: atomic { ready(DISPATCH, low(todo), e - D) ->
-        close_wait(DISPATCH, e - D);
-        if :: !todo -> todo = others; goto blank :: else fi }
-    hearsay(blank)
-    od;
-
 blank: /* a round that was never combined: the empty combine. What is left of the round is read no more. */
-    atomic { if :: (mine & COMBINED) || !todo -> todo = others; goto close :: else fi };
+    atomic { if :: (mine & COMBINED) -> goto close :: else fi };
     do
     :: atomic {
-        assert(!token_major || !message_of(low(todo))
-            || my_cell(low(todo)) == message(e - D, message_of(low(todo)) - 1));
-        put(COMBINE, low(todo), e - D, EMPTY);
-        todo = rest(todo);
+        assert(!token_major || !message_of(near(todo))
+            || my_cell(near(todo)) == message(e - D, message_of(near(todo)) - 1));
+        put(COMBINE, near(todo), e - D, EMPTY);
+        todo = far(todo);
         if :: !todo -> todo = others; goto close :: else fi }
     od;
 
-close: /* the closing rule: everybody's combine signal of the round that had the slot */
+close: /* the closing rule: everybody's combine signal of the round that had the slot; any abort will do */
 #ifdef NO_CLOSING
     atomic { goto open };
 #endif
-    atomic { if :: !todo -> goto open :: else fi };
     do
     :: atomic { ready(COMBINE, low(todo), e - D) ->
-        close_wait(COMBINE, e - D);
+        hear(COMBINE, low(todo), e - D);
+        if :: code == expired(low(todo)) -> blame_for_it(code - ABORT); goto lose :: else fi;
+        code = 0;
+        todo = rest(todo);
         if :: !todo -> goto open :: else fi }
-    hearsay(open)
+    hearsay(lose)
+    od;
+
+lose: /* not sent yet: nobody shall wait for it */
+    atomic { mine = LOST; todo = others; if :: !todo -> goto next :: else fi };
+    do
+    :: atomic {
+        put(DISPATCH, near(todo), e, ABORT + blame);
+        todo = far(todo);
+        if :: !todo -> todo = others; goto abort :: else fi }
     od;
 
 open:
     atomic {
-        todo = others; sent = 0; code = 0;
-        mine = (blame -> LOST | UNHEARD : 0);
+        todo = others; sent = 0; mine = 0;
         do
         :: code < R ->
             message_of(code) = 0;
             if
-            :: !blame && (todo & bit(code)) && has_rows(code, e) -> sent = sent | bit(code)
+            :: (todo & bit(code)) && has_rows(code, e) -> sent = sent | bit(code)
             :: else
             fi;
             code++
@@ -220,28 +207,19 @@ open:
         od;
 #ifdef ANY_ROWS
         if
-        :: !blame -> sent = 0
-        :: !blame -> sent = todo
-        :: !blame -> sent = bit(low(todo)) & todo
-        :: !blame -> sent = rest(todo)
-        :: blame
+        :: sent = 0
+        :: sent = todo
+        :: sent = bit(low(todo)) & todo
+        :: sent = rest(todo)
         fi;
 #endif
         if :: !todo -> goto next :: else fi
     };
     do
-    :: atomic { sent & bit(low(todo)) -> inbox[cell(low(todo), e, me)] = message(e, reply_base(sent, low(todo))) };
-       atomic { put(DISPATCH, low(todo), e, ROWS); todo = rest(todo); if :: !todo -> goto next :: else fi }
-    :: atomic { !(sent & bit(low(todo))) ->
-        put(DISPATCH, low(todo), e, (blame -> ABORT + blame - 1 : EMPTY));
-        todo = rest(todo);
-        if
-#ifdef COMBINE_AT_ONCE
-        :: !todo && blame -> todo = others; goto abort
-#endif
-        :: !todo -> goto next
-        :: todo
-        fi }
+    :: atomic { sent & bit(near(todo)) -> inbox[cell(near(todo), e, me)] = message(e, reply_base(sent, near(todo))) };
+       atomic { put(DISPATCH, near(todo), e, ROWS); todo = far(todo); if :: !todo -> goto next :: else fi }
+    :: atomic { !(sent & bit(near(todo))) ->
+        put(DISPATCH, near(todo), e, EMPTY); todo = far(todo); if :: !todo -> goto next :: else fi }
     od;
 
     /* ---- dispatch receive ---- */
@@ -250,8 +228,8 @@ receive:
     :: atomic { ready(DISPATCH, low(todo), e) ->
         hear(DISPATCH, low(todo), e);
         if
-        :: code <= ROWS -> assert((code == ROWS) == ((sent_to[low(todo) * D + slot(e)] & bit(me)) != 0))
-        :: else -> blame = why
+        :: code >= ABORT -> blame_for_it(code - ABORT); goto abort
+        :: else -> assert((code == ROWS) == ((sent_to[low(todo) * D + slot(e)] & bit(me)) != 0))
         fi;
         if
         :: code == ROWS -> /* reading begins */
@@ -259,51 +237,45 @@ receive:
             message_of(low(todo)) = 1 + my_cell(low(todo)) % 4
         :: else
         fi;
-        why = 0; news = 0;
         if
         :: code == ROWS && !token_major
         :: else ->
             code = 0;
-            todo = rest(todo) & ~dead;
-#ifdef LEAVE_RECEIVE
-            todo = (blame -> 0 : todo);
-#endif
-            if :: !todo -> goto received :: else -> goto receive fi
+            todo = rest(todo);
+            if :: !todo -> goto next :: else -> goto receive fi
         fi };
        atomic { /* reading ends */
         assert(my_cell(low(todo)) == message(e, message_of(low(todo)) - 1));
         code = 0;
-        todo = rest(todo) & ~dead;
-        if :: !todo -> goto received :: else fi }
-    hearsay(received)
+        todo = rest(todo);
+        if :: !todo -> goto next :: else fi }
+    hearsay(abort)
     od;
 
-received:
-    atomic { if :: !blame -> goto next :: else -> mine = LOST; todo = others fi;
+abort: /* the combine signals of a lost round */
+    atomic { mine = LOST; todo = others;
 #ifdef NO_ABORT
         goto next;
 #endif
-        if :: !todo -> goto next :: else -> goto abort fi };
-abort: /* the combine signals of a lost round */
+        mine = LOST | COMBINED; if :: !todo -> goto next :: else fi };
     do
     :: atomic {
-        mine = LOST | COMBINED;
-        put(COMBINE, low(todo), e, ABORT + blame - 1);
-        todo = rest(todo);
+        put(COMBINE, near(todo), e, ABORT + blame);
+        todo = far(todo);
         if :: !todo -> goto next :: else fi }
     od;
 
     /* ---- combine send ---- */
 reply:
     do
-    :: atomic { message_of(low(todo)) -> /* token_major: reading ends */
-        assert(!token_major || my_cell(low(todo)) == message(e, message_of(low(todo)) - 1));
-        replies[row(low(todo), e, message_of(low(todo)) - 1)] = answer(e, me) };
+    :: atomic { message_of(near(todo)) -> /* token_major: reading ends */
+        assert(!token_major || my_cell(near(todo)) == message(e, message_of(near(todo)) - 1));
+        replies[row(near(todo), e, message_of(near(todo)) - 1)] = answer(e, me) };
        atomic {
-        put(COMBINE, low(todo), e, ROWS); message_of(low(todo)) = 0; todo = rest(todo);
+        put(COMBINE, near(todo), e, ROWS); message_of(near(todo)) = 0; todo = far(todo);
         if :: !todo -> goto next :: else fi }
-    :: atomic { !message_of(low(todo)) ->
-        put(COMBINE, low(todo), e, EMPTY); todo = rest(todo); if :: !todo -> goto next :: else fi }
+    :: atomic { !message_of(near(todo)) ->
+        put(COMBINE, near(todo), e, EMPTY); todo = far(todo); if :: !todo -> goto next :: else fi }
     od;
 
     /* ---- combine receive: from those that owe rows, the dead included (looked at once) ---- */
@@ -311,21 +283,23 @@ collect:
     do
     :: atomic { ready(COMBINE, low(todo), e) ->
         hear(COMBINE, low(todo), e);
-        why = 0; news = 0;
-        assert(code != EMPTY); /* they owe rows */
-        if
-        :: code == ROWS -> assert(my_row(low(todo)) == answer(e, low(todo))) /* reading begins */
-        :: else ->
-            mine = mine | LOST; code = 0; todo = rest(todo);
-            if :: todo = 0 :: todo fi; /* leave at once, or look at the others too: both must do */
-            if :: !todo -> goto next :: else -> goto collect fi
-        fi };
-       atomic { /* reading ends */
-        assert(my_row(low(todo)) == answer(e, low(todo)));
-        code = 0; todo = rest(todo);
-        if :: !todo -> goto next :: else fi }
-    hearsay_and_leave
+        if :: code >= ABORT -> blame_for_it(code - ABORT); mine = mine | LOST; goto next :: else fi;
+        assert(code == ROWS && my_row(low(todo)) == answer(e, low(todo))); /* they owe rows; reading begins */
+        code = 0; heard = heard | bit(low(todo)); todo = rest(todo);
+        if :: !todo -> goto collected :: else fi }
+    hearsay(unheard)
     od;
+unheard:
+    atomic { mine = mine | LOST; goto next };
+collected: /* a round that is not lost has an answer to every row; all are read together, and reading ends */
+    atomic {
+        assert(heard == sent);
+        do
+        :: code < R -> assert(!(sent & bit(code)) || my_row(code) == answer(e, code)); code++
+        :: else -> break
+        od;
+        goto next
+    };
 end:
     skip
 }
@@ -356,9 +330,6 @@ init {
         :: !(stopped & 2) -> stopped = stopped | 2
 #if R > 2
         :: !(stopped & 4) -> stopped = stopped | 4
-#endif
-#if R > 3
-        :: !(stopped & 8) -> stopped = stopped | 8
 #endif
         fi;
         left-- }
