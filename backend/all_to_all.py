@@ -52,12 +52,10 @@ class AllToAll:
             PeerAccessError: the memory of a rank cannot be mapped.
             NativeNotBuiltError: the extension is missing.
         """
-        if not isinstance(config, Config):
-            raise ConfigError(f"`config` must be a moebius.Config (got {type(config).__name__})")
         self.rank, self.num_ranks = heap.rank_and_size(group)
+        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
         self.config = config
         self.wire = Wire.of(config)
-        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
         self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
         self.heap_bytes: int = layout.total
         self._arguments = Arguments(config, self.wire, self.num_ranks)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail
+from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail, has_memory
 from .config import SCALE_GROUP
 from .wire import DTYPE_CODE
 
@@ -87,7 +87,8 @@ class Arguments:
                 size = x.dtype.itemsize
                 fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
                 row, step = x.stride()
-                if fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous()):
+                fits = fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous())
+                if fits and has_memory(x):
                     return num_tokens, row * size
         raise self._bad_x(x)
 

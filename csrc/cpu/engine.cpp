@@ -170,6 +170,10 @@ void Engine::signal_all(uint64_t epoch, SignalKind kind, uint64_t word) {
 }
 
 bool Engine::lose(uint64_t epoch) {
+  fault_.epoch = epoch;  // in a closing wait, the round that was awaited is another
+  // Cells of this round may have come, or still come, that no receive will count.
+  int32_t* num_clean = local(layout_.slot_of(epoch), layout_.num_clean);
+  std::fill(num_clean, num_clean + config_.shape.num_ranks, 0);
   Control& self = control(rank_);
   const uint64_t word = abort_word(epoch, static_cast<uint64_t>(fault_.rank));
   if (self.epoch == epoch) {

@@ -82,8 +82,8 @@ struct Fault {
   int rank = -1;  // to blame
   int via = -1;   // through whom it was seen
   Reason reason = Reason::kDeadline;
-  uint64_t epoch = 0;
-  uint64_t expected = 0;  // epoch
+  uint64_t epoch = 0;     // of the round that is lost
+  uint64_t expected = 0;  // epoch that was waited for
   int64_t observed = -1;  // epoch in the word, -1 for none; the offending id for kRouting
   int64_t waited_ns = 0;
   int64_t token = -1, choice = -1;  // kRouting
