@@ -10,7 +10,6 @@ import torch
 
 from . import heap, native, ops, slots
 from .arguments import Arguments
-from .config import Config
 from .engines import make_cpu_engine
 from .errors import ConfigError, MoebiusError, RoutingError, StateError
 from .faults import error_of
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
+
+    from .config import Config
 
 _ids = itertools.count()
 

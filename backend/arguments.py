@@ -170,4 +170,7 @@ class Arguments:
 
     def combined(self, out: Any, num_tokens: int) -> None:
         """Check the tensor that a combine is to be received into."""
-        check_tensor("out", out, (num_tokens, self._wire.hidden), (self._wire.output_dtype,), rows=True)
+        shape = (num_tokens, self._wire.hidden)
+        strides = check_tensor("out", out, shape, (self._wire.output_dtype,), rows=True)
+        if strides[0] < shape[1] and num_tokens > 1:
+            raise fail("out", "rows that do not overlap", out)

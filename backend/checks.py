@@ -22,8 +22,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether there are elements behind the tensor: not those of a tracer, nor those whose storage was freed."""
-    if type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor):
+    """Whether the elements lie in memory as they are: not those of a tracer, a freed storage, a lazy negation."""
+    if (type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor)) or tensor.is_neg():
         return False
     return tensor.data_ptr() != 0 or tensor.numel() == 0
 

@@ -119,7 +119,7 @@ class Engine {
   bool await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int64_t* wait_stats);
   // Waits until the word of `epoch` is there; false with the reason in `fault_` when it will not
   // come.
-  bool poll(int src, Signal& signal, uint64_t epoch, uint64_t* word);
+  bool poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word);
   bool fail(FaultKind kind,
             Reason reason,
             int rank,

@@ -98,7 +98,7 @@ def test_output_dtype(fields: dict[str, Any], dtype: str) -> None:
     assert Config(**{**GOOD_FIELDS, **fields}).output_dtype == dtype
 
 
-@pytest.mark.parametrize("num_ranks", [0, -1, 3, 16])
+@pytest.mark.parametrize("num_ranks", [3, 16])
 def test_ranks_that_do_not_divide_the_experts(num_ranks: int) -> None:
     config = Config(**GOOD_FIELDS)
     with pytest.raises(ConfigError, match=rf"`num_experts`.*{num_ranks} ranks \(got 8\)"):
@@ -109,7 +109,9 @@ def test_ranks_that_do_not_divide_the_experts(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "2", [2]], ids=str)
-def test_virtual_ranks_take_a_count(value: Any) -> None:
+def test_ranks_are_a_count(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"`num_ranks` must be an int of at least 1 \(got " + re.escape(repr(value))):
+        moebius.plan(Config(**GOOD_FIELDS), value)
     with pytest.raises(ConfigError, match=r"`num_ranks` must be an int of at least 1 \(got " + re.escape(repr(value))):
         moebius.virtual_ranks(value)
 
