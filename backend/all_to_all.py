@@ -60,7 +60,7 @@ class AllToAll:
         self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
         self.heap_bytes: int = layout.total
         self._arguments = Arguments(config, self.wire, self.num_ranks)
-        self._rounds = RoundTable(config.depth)
+        self._rounds = RoundTable(config.depth, is_in_place=config.layout == "token_major")
         self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
         self._layout = layout
         self._engine: Any = make_cpu_engine(config, self._heap)

@@ -106,7 +106,7 @@ class Arguments:
         dtypes, length = FLOAT, self._config.hidden // SCALE_GROUP
         if self._config.payload == "opaque":
             wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu"
-            if not isinstance(scales, torch.Tensor) or scales.layout is not torch.strided:
+            if not isinstance(scales, torch.Tensor) or self._wire.scale_bytes % scales.dtype.itemsize:
                 raise fail("scales", wanted, scales)
             dtypes, length = (scales.dtype,), self._wire.scale_bytes // scales.dtype.itemsize
         strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True)

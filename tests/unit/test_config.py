@@ -98,20 +98,28 @@ def test_output_dtype(fields: dict[str, Any], dtype: str) -> None:
     assert Config(**{**GOOD_FIELDS, **fields}).output_dtype == dtype
 
 
-@pytest.mark.parametrize("num_ranks", [3, 16])
-def test_ranks_that_do_not_divide_the_experts(num_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "message"),
+    [
+        (0, r"`num_ranks` must be an int of at least 1 \(got 0\)"),
+        (-1, r"`num_ranks`.*\(got -1\)"),
+        (2.0, r"`num_ranks`.*\(got 2\.0\)"),
+        (True, r"`num_ranks`.*\(got True\)"),
+        (3, r"`num_experts`.*3 ranks \(got 8\)"),
+        (16, r"`num_experts`.*16 ranks \(got 8\)"),
+    ],
+)
+def test_ranks_that_do_not_divide_the_experts(num_ranks: Any, message: str) -> None:
     config = Config(**GOOD_FIELDS)
-    with pytest.raises(ConfigError, match=rf"`num_experts`.*{num_ranks} ranks \(got 8\)"):
+    with pytest.raises(ConfigError, match=message):
         config.num_local_experts(num_ranks)
-    with pytest.raises(ConfigError, match="`num_experts`"):
+    with pytest.raises(ConfigError, match=message):
         moebius.plan(config, num_ranks)
     assert config.num_local_experts(4) == 2
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "2", [2]], ids=str)
-def test_ranks_are_a_count(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"`num_ranks` must be an int of at least 1 \(got " + re.escape(repr(value))):
-        moebius.plan(Config(**GOOD_FIELDS), value)
+def test_virtual_ranks_take_a_count(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"`num_ranks` must be an int of at least 1 \(got " + re.escape(repr(value))):
         moebius.virtual_ranks(value)
 

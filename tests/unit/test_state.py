@@ -96,6 +96,20 @@ def test_a_combined_result_goes_stale(ranks: InTurn) -> None:
         assert halves[0].live[0].x is None
 
 
+def test_tokens_in_place_are_gone_once_their_combine_has_begun(ranks: InTurn) -> None:
+    halves = ranks.halves()
+    call(halves, ("dispatch_send", 0), ("dispatch_receive", 0), ("combine_send", 0))
+    recv = halves[0].live[0]
+    assert recv.expert_num_tokens is not None
+    if ranks.case.mode == "token":
+        for name in ("x", "scales", "topk_ids", "topk_weights"):
+            with pytest.raises(StateError, match="in place"):
+                getattr(recv, name)
+    else:
+        assert recv.x is not None
+    call(halves, ("combine_receive", 0))
+
+
 def test_another_objects_result_is_refused(ranks: InTurn) -> None:
     with InTurn(ranks.case, ranks.expected) as others:
         mine, theirs = ranks.halves(), others.halves()
