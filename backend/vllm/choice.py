@@ -46,7 +46,7 @@ def _add_name() -> None:
         return
     if get_origin(parallel.All2AllBackend) is not Literal:
         raise TypeError("All2AllBackend is no Literal")
-    literal: Any = Literal[(*names, NAME)]  # type: ignore[valid-type]
+    literal: Any = Literal.__getitem__((*names, NAME))
     checked: Any = Annotated[literal, AfterValidator(_seen)]
     config = parallel.ParallelConfig
     config.__dataclass_fields__[FIELD].type = checked
@@ -90,4 +90,4 @@ def reduce(config: Any, protocol: int) -> Any:
 def revive(config_type: type[Any]) -> Any:
     """An empty configuration to unpickle into, in a process that now runs on us."""
     activate()
-    return config_type.__new__(config_type)
+    return object.__new__(config_type)

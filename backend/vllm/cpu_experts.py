@@ -54,9 +54,9 @@ class MoebiusBatchedCPUExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     def workspace_shapes(
         self,
-        M: int,  # noqa: N803 - vLLM passes some by name
-        N: int,  # noqa: N803
-        K: int,  # noqa: N803
+        M: int,
+        N: int,
+        K: int,
         topk: int,
         global_num_experts: int,
         local_num_experts: int,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 
 from moebius.errors import ConfigError
@@ -16,6 +15,7 @@ from .halves import weighted_input
 from .pairs import Pairs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 

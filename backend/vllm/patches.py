@@ -96,16 +96,16 @@ def uses_batched_format() -> bool:
 
 def _sends_sequence_parallel(config: Any) -> bool:
     sizes = (config.tensor_parallel_size, config.data_parallel_size)
-    return config.all2all_backend == NAME and config.enable_expert_parallel and min(sizes) > 1
+    return bool(config.all2all_backend == NAME and config.enable_expert_parallel and min(sizes) > 1)
 
 
 def _has_batched_tokens(config: Any) -> bool:
     is_ours = config.all2all_backend == NAME and config.enable_expert_parallel and config.data_parallel_size > 1
-    return is_ours and uses_batched_format()
+    return bool(is_ours) and uses_batched_format()
 
 
 def _takes_batched(parallel: Any) -> bool:
-    return parallel.all2all_backend == NAME and parallel.use_all2all_kernels and uses_batched_format()
+    return bool(parallel.all2all_backend == NAME and parallel.use_all2all_kernels) and uses_batched_format()
 
 
 def _widen(owner: type, name: str, is_ours: Callable[[Any], bool]) -> None:

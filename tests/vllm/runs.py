@@ -22,8 +22,8 @@ def free_port() -> int:
         return port
 
 
-def environment(num_ranks: int, **more: str) -> dict[str, str]:
-    """What vLLM needs to run on a small machine without network, for `num_ranks` ranks that share its cores."""
+def environment(**more: str) -> dict[str, str]:
+    """What vLLM needs to run on a small machine without network, with ranks that share its cores."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -68,9 +68,10 @@ def generate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = {"max_model_len": 256, "max_num_seqs": 8, "dtype": "float32", "enforce_eager": True}
-    spec = {"llm": {"model": str(model), **common, **llm}, "batches": batches, "out": str(folder)}
+    options = {"model": str(model), **common, **llm}
     if num_ranks > 1:
-        spec["llm"]["distributed_executor_backend"] = "external_launcher"
+        options["distributed_executor_backend"] = "external_launcher"
+    spec = {"llm": options, "batches": batches, "out": str(folder)}
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
     port = str(free_port())
@@ -84,7 +85,7 @@ def generate(
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.vllm.worker", str(path)],
-                    env=environment(num_ranks, **more),
+                    env=environment(**more),
                     cwd=ROOT,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -29,9 +29,7 @@ def main(spec: dict[str, Any]) -> None:
     rounds = []
     for batch in spec["batches"]:
         mine = batch[dp_rank % len(batch)]
-        sampling = [
-            SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=0) for _, length in mine
-        ]
+        sampling = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=0) for _, length in mine]
         rounds += answers(llm.generate([prompt for prompt, _ in mine], sampling, use_tqdm=False))
     Path(spec["out"], f"rank{rank}.json").write_text(json.dumps(rounds))
 
