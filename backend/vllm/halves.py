@@ -157,9 +157,9 @@ class Halves(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignore[misc]
             quant_config.per_act_token_quant,
             quant_config.block_shape,
         )
-        if made is not None and made.numel() > 1 and len(lead) > 1:
-            made = made.view(*lead, -1)
-        return quantised.view(*lead, -1), made
+        if made is not None and made.dim() > 1 and made.shape[0] == quantised.shape[0]:
+            made = made.view(*lead, made.shape[-1])
+        return quantised.view(*lead, quantised.shape[-1]), made
 
 
 def weighted_input(a1: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
