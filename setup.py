@@ -56,7 +56,7 @@ def announce_cuda() -> None:
     print(f"moebius: CUDA extension skipped ({reason})", file=sys.stderr)
 
 
-HEADERS = ["setup.py", *files("csrc/**/*.h")]
+HEADERS = ["setup.py", *files("csrc/**/*.h", "csrc/**/*.inl")]
 
 
 def needs_recompile(obj: str, src: str) -> bool:

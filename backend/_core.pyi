@@ -54,6 +54,7 @@ class Engine:
         output_dtype: int,
         hidden: int,
         timeout_ns: int,
+        num_cores: int,
         rank: int,
         heaps: Sequence[Segment],
         pids: Sequence[int],

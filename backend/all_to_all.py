@@ -10,7 +10,6 @@ import torch
 
 from . import heap, native, ops, slots
 from .arguments import Arguments
-from .config import Config
 from .engines import make_cpu_engine
 from .errors import ConfigError, MoebiusError, RoutingError, StateError
 from .faults import error_of
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
+
+    from .config import Config
 
 _ids = itertools.count()
 
@@ -52,16 +53,14 @@ class AllToAll:
             PeerAccessError: the memory of a rank cannot be mapped.
             NativeNotBuiltError: the extension is missing.
         """
-        if not isinstance(config, Config):
-            raise ConfigError(f"`config` must be a moebius.Config (got {type(config).__name__})")
         self.rank, self.num_ranks = heap.rank_and_size(group)
+        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
         self.config = config
         self.wire = Wire.of(config)
-        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
         self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
         self.heap_bytes: int = layout.total
         self._arguments = Arguments(config, self.wire, self.num_ranks)
-        self._rounds = RoundTable(config.depth)
+        self._rounds = RoundTable(config.depth, is_in_place=config.layout == "token_major")
         self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
         self._layout = layout
         self._engine: Any = make_cpu_engine(config, self._heap)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail
+from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail, has_memory
 from .config import SCALE_GROUP
 from .wire import DTYPE_CODE
 
@@ -87,7 +87,8 @@ class Arguments:
                 size = x.dtype.itemsize
                 fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
                 row, step = x.stride()
-                if fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous()):
+                fits = fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous())
+                if fits and has_memory(x):
                     return num_tokens, row * size
         raise self._bad_x(x)
 
@@ -105,7 +106,7 @@ class Arguments:
         dtypes, length = FLOAT, self._config.hidden // SCALE_GROUP
         if self._config.payload == "opaque":
             wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu"
-            if not isinstance(scales, torch.Tensor) or scales.layout is not torch.strided:
+            if not isinstance(scales, torch.Tensor) or self._wire.scale_bytes % scales.dtype.itemsize:
                 raise fail("scales", wanted, scales)
             dtypes, length = (scales.dtype,), self._wire.scale_bytes // scales.dtype.itemsize
         strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True)
@@ -169,4 +170,7 @@ class Arguments:
 
     def combined(self, out: Any, num_tokens: int) -> None:
         """Check the tensor that a combine is to be received into."""
-        check_tensor("out", out, (num_tokens, self._wire.hidden), (self._wire.output_dtype,), rows=True)
+        shape = (num_tokens, self._wire.hidden)
+        strides = check_tensor("out", out, shape, (self._wire.output_dtype,), rows=True)
+        if strides[0] < shape[1] and num_tokens > 1:
+            raise fail("out", "rows that do not overlap", out)

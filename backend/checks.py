@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import ShapeError
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 FLOAT = (torch.float32,)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the elements lie in memory as they are: not those of a tracer, a freed storage, a lazy negation."""
+    if (type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor)) or tensor.is_neg():
+        return False
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
 
 
 def describe(tensor: Any) -> str:
@@ -51,7 +62,7 @@ def check_tensor(
     with contextlib.suppress(AttributeError, RuntimeError, TypeError):
         if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
             strides: tuple[int, ...] = tensor.stride()
-            if (rows and strides[-1] == 1) or tensor.is_contiguous():
+            if ((rows and strides[-1] == 1) or tensor.is_contiguous()) and has_memory(tensor):
                 return strides
     sizes = ", ".join(str(size) for size in shape)
     contiguity = "contiguous rows" if rows else "contiguous"

@@ -145,6 +145,8 @@ class Config:
         Raises:
             ConfigError: `num_ranks` is below 1 or does not divide `num_experts`.
         """
-        if num_ranks < 1 or self.num_experts % num_ranks:
+        if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
+            raise ConfigError(f"`num_ranks` must be an int of at least 1 (got {num_ranks!r})")
+        if self.num_experts % num_ranks:
             raise ConfigError(f"`num_experts` must be a multiple of the {num_ranks} ranks (got {self.num_experts})")
         return self.num_experts // num_ranks

@@ -23,6 +23,7 @@ def make_cpu_engine(config: Config, heap: SymmetricHeap) -> _core.Engine:
         output_dtype=DTYPE_CODE[wire.output_dtype],
         hidden=config.hidden,
         timeout_ns=round(config.timeout_s * 1e9),
+        num_cores=heap.num_cores,
         rank=heap.rank,
         heaps=heap.segments,
         pids=heap.pids,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MoebiusError(RuntimeError):
     """Base of all errors of this package; catch it to catch them all."""
@@ -79,6 +81,17 @@ class PeerTimeoutError(MoebiusError, TimeoutError):
         via: int = -1,
     ) -> None:
         """Build the message from the record the engine left."""
+        self._fields = {
+            "op": op,
+            "half": half,
+            "rank": rank,
+            "epoch": epoch,
+            "waited_us": waited_us,
+            "expected": expected,
+            "observed": observed,
+            "reason": reason,
+            "via": via,
+        }
         self.op = op
         self.half = half
         self.rank = rank
@@ -99,6 +112,14 @@ class PeerTimeoutError(MoebiusError, TimeoutError):
             f"(expected epoch {expected}, observed {observed}); the rank is masked, the next dispatch "
             "starts a round without it"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes, as what ranks report to their parent."""
+        return _timeout_of, (self._fields,)
+
+
+def _timeout_of(fields: dict[str, Any]) -> PeerTimeoutError:
+    return PeerTimeoutError(**fields)
 
 
 class UnsupportedError(MoebiusError, NotImplementedError):

@@ -11,6 +11,8 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_RANKS = 4096  # arbitrary, a power of two: twice the largest expert-parallel group that was ever published
+
 
 class VirtualWorld:
     """What the virtual ranks of one process share, in the order in which each of them asks."""
@@ -67,12 +69,15 @@ class VirtualRank:
 def virtual_ranks(num_ranks: int) -> list[VirtualRank]:
     """Make `num_ranks` ranks that live in this process, to be used by one thread each or by one thread in turn.
 
-    One thread can drive them all in hook mode: every send half before the first receive half.
+    One thread can drive them all in hook mode, every send half before the first receive half, as long as every round
+    is combined: a dispatch that has to close one that was not waits for the other ranks to do the same.
 
     Raises:
-        ConfigError: `num_ranks` is not an int of at least 1.
+        ConfigError: `num_ranks` is not an int of at least 1, or more than a process could ever hold.
     """
     if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
         raise ConfigError(f"`num_ranks` must be an int of at least 1 (got {num_ranks!r})")
+    if num_ranks > MAX_RANKS:
+        raise ConfigError(f"`num_ranks` must be at most {MAX_RANKS} (got {num_ranks})")
     world = VirtualWorld(num_ranks)
     return [VirtualRank(world, rank) for rank in range(num_ranks)]

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -28,11 +28,13 @@ class SymmetricHeap:
         rank: this rank.
         segments: [R] the heap of every rank, mapped here.
         pids: [R] process of every rank; 0 for one that lives in this process.
+        num_cores: processor cores that the ranks may run on, all together.
     """
 
     rank: int
     segments: list[_core.Segment]
     pids: list[int]
+    num_cores: int
 
     @property
     def num_ranks(self) -> int:
@@ -84,13 +86,24 @@ def _allocate_virtual(group: VirtualRank, num_bytes: int, fingerprint: str) -> S
         return segments
 
     segments = group.share(fingerprint, make)
-    return SymmetricHeap(group.rank, segments, [0] * group.size)
+    return SymmetricHeap(group.rank, segments, [0] * group.size, len(os.sched_getaffinity(0)))
 
 
 def _host() -> str:
     """What two processes must share to open each other's memory: the kernel and the PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{platform.node()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
+class _About(NamedTuple):
+    """What a rank tells the others about its segment."""
+
+    fingerprint: str
+    host: str
+    pid: int
+    fd: int
+    cores: frozenset[int]
+    error: str
 
 
 def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: str) -> SymmetricHeap:
@@ -100,37 +113,38 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
     try:
         mine = segment_type.create(num_bytes)
     except OSError as caught:
-        error = f"cannot allocate {num_bytes} bytes of shared memory: {caught}"
-    about = _gather(group, (fingerprint, _host(), os.getpid(), mine.fd if mine else -1, error))
+        error = f"rank {rank} cannot allocate {num_bytes} bytes of shared memory: {caught}"
+    cores = frozenset(os.sched_getaffinity(0))
+    about = _gather(group, _About(fingerprint, _host(), os.getpid(), mine.fd if mine else -1, cores, error))
+    for peer, theirs in enumerate(about):
+        if theirs.fingerprint != about[0].fingerprint:
+            raise ConfigError(
+                f"ranks must agree on their config: expected {about[0].fingerprint} as on rank 0 "
+                f"(rank {peer} got {theirs.fingerprint})"
+            )
 
-    if not any(error for *_, error in about):
-        for peer, (theirs, *_rest) in enumerate(about):
-            if theirs != about[0][0]:
-                raise ConfigError(
-                    f"ranks must agree on their config: expected {about[0][0]!r} as on rank 0 "
-                    f"(rank {peer} got {theirs!r})"
-                )
     segments: list[_core.Segment] = []
-    for peer, (_, host, pid, fd, peer_error) in enumerate(about):
-        if peer_error:
-            error = error or f"rank {peer} {peer_error}"
-        elif error:
+    error = next((theirs.error for theirs in about if theirs.error), "")
+    for peer, theirs in enumerate(about):
+        if error:
             break
-        elif peer == rank and mine is not None:
+        if peer == rank and mine is not None:
             segments.append(mine)
-        elif host != about[rank][1]:
+        elif theirs.host != about[rank].host:
             error = f"ranks {rank} and {peer} do not share a host and a PID namespace, which the CPU engine needs"
         else:
             try:
-                segments.append(segment_type.attach(pid, fd, num_bytes))
+                segments.append(segment_type.attach(theirs.pid, theirs.fd, num_bytes))
             except OSError as caught:
                 error = f"rank {rank} cannot map the memory of rank {peer}: {caught}"
+    # Collective: no segment may be closed before all have mapped it, and a failure is everybody's.
     errors = [told for told in _gather(group, error) if told]
     if mine is not None:
         mine.close_fd()
     if errors:
         raise PeerAccessError(errors[0])
-    return SymmetricHeap(rank, segments, [0 if peer == rank else pid for peer, (_, _, pid, _, _) in enumerate(about)])
+    pids = [0 if peer == rank else theirs.pid for peer, theirs in enumerate(about)]
+    return SymmetricHeap(rank, segments, pids, len(frozenset().union(*(theirs.cores for theirs in about))))
 
 
 def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:

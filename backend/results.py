@@ -17,7 +17,8 @@ class Dispatched:
     """The tokens that a round brought to this rank's experts.
 
     The tensors belong to the round's slot: they are overwritten `depth` dispatches later, and reading them from
-    then on raises `StateError`. In the shapes, L is local experts, R ranks, M `max_num_tokens`, K top-k.
+    then on raises `StateError`; so does reading the tokens of a token_major result once its combine has begun, which
+    gives them back to their senders. In the shapes, L is local experts, R ranks, M `max_num_tokens`, K top-k.
 
     Attributes:
         num_tokens: T of this rank's own dispatch.
@@ -44,7 +45,7 @@ class Dispatched:
         token); those past it are undefined. token_major: [R*M, H], the inbox itself: the rows of source rank r are the
         `src_num_tokens[r]` from r*M on, in token order.
         """
-        self._round.check_live()
+        self._round.check_arrived()
         return self._buffers.x
 
     @property
@@ -54,7 +55,7 @@ class Dispatched:
         Column-major in the last two dimensions for expert_major (as DeepGEMM reads them), [R*M, ..] row-major for
         token_major; [.., scale_bytes] uint8, row-major, for opaque; None for a payload without scales.
         """
-        self._round.check_live()
+        self._round.check_arrived()
         return self._buffers.scales
 
     @property
@@ -72,13 +73,13 @@ class Dispatched:
     @property
     def topk_ids(self) -> Tensor | None:
         """token_major: [R*M, K] int32, local expert or -1 (all -1 in unused rows); else None."""
-        self._round.check_live()
+        self._round.check_arrived()
         return self._buffers.topk_ids
 
     @property
     def topk_weights(self) -> Tensor | None:
         """token_major: [R*M, K] fp32; else None."""
-        self._round.check_live()
+        self._round.check_arrived()
         return self._buffers.topk_weights
 
     @property

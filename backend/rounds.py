@@ -25,6 +25,9 @@ NEXT_CALL = {
 }
 
 
+STALE = "{}: the result of round {} is stale, a later dispatch reuses its memory"
+
+
 class Round:
     """One round on this rank.
 
@@ -32,14 +35,16 @@ class Round:
         epoch: its number.
         num_tokens: T of this rank's dispatch.
         stage: how far it has come.
+        is_in_place: whether its result is shown where it arrived, in memory that peers write to again.
         error: why it was lost.
     """
 
-    __slots__ = ("epoch", "error", "num_tokens", "stage")
+    __slots__ = ("epoch", "error", "is_in_place", "num_tokens", "stage")
 
-    def __init__(self, epoch: int, num_tokens: int) -> None:
+    def __init__(self, epoch: int, num_tokens: int, *, is_in_place: bool) -> None:
         """Begin it."""
         self.epoch = epoch
+        self.is_in_place = is_in_place
         self.num_tokens = num_tokens
         self.stage = Stage.SENT
         self.error: MoebiusError | None = None
@@ -62,26 +67,41 @@ class Round:
         if self.stage is Stage.LOST and self.error is not None:
             raise self.error
         if self.stage is Stage.OVERWRITTEN:
-            raise StateError(f"{call}: the result of round {self.epoch} is stale, a later dispatch reuses its memory")
+            raise StateError(STALE.format(call, self.epoch))
         if self.stage < stage:
             raise StateError(f"{call}: round {self.epoch} expects {NEXT_CALL[self.stage]} first")
         raise StateError(f"{call}: round {self.epoch} has already been through it")
 
     def check_live(self) -> None:
-        """Check that the tensors of the round's result still hold it.
+        """Check that this rank's own tensors still hold the round's result.
 
         Raises:
             StateError: a later dispatch reuses their memory.
         """
         if self.stage is Stage.OVERWRITTEN:
-            self.expect(Stage.RECEIVED, "result")
+            raise StateError(STALE.format("result", self.epoch))
+
+    def check_arrived(self) -> None:
+        """Check that the tokens of the round's result are still there.
+
+        Raises:
+            StateError: a later dispatch reuses their memory, or the other ranks may, after a combine of a result that
+                is shown in place.
+        """
+        self.check_live()
+        if self.is_in_place and self.stage > Stage.RECEIVED:
+            raise StateError(
+                f"result: combine gave the memory of the tokens of round {self.epoch} back to their senders, for they "
+                "are shown in place (token_major)"
+            )
 
 
 class RoundTable:
     """The last round of each of the `depth` slots."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, is_in_place: bool) -> None:
         """Start with no round."""
+        self._is_in_place = is_in_place
         self._slots: list[Round | None] = [None] * depth
 
     def check_free(self, epoch: int) -> None:
@@ -103,7 +123,7 @@ class RoundTable:
         last = self._slots[slot]
         if last is not None and last.stage is not Stage.LOST:
             last.stage = Stage.OVERWRITTEN
-        begun = self._slots[slot] = Round(epoch, num_tokens)
+        begun = self._slots[slot] = Round(epoch, num_tokens, is_in_place=self._is_in_place)
         return begun
 
     def find(self, epoch: int) -> Round:

@@ -9,6 +9,7 @@ import torch
 
 from . import native
 from .config import SCALE_GROUP, Config
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from . import _core
@@ -74,9 +75,11 @@ def shape_of(config: Config, num_ranks: int) -> _core.Shape:
     """The shape that the layout is computed from.
 
     Raises:
-        ConfigError: `num_ranks` does not divide the experts.
+        ConfigError: `config` is none, or `num_ranks` does not divide the experts.
         NativeNotBuiltError: the extension is missing.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"`config` must be a moebius.Config (got {type(config).__name__})")
     config.num_local_experts(num_ranks)
     wire = Wire.of(config)
     shape: _core.Shape = native.core().Shape(

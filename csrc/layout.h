@@ -18,8 +18,8 @@
 //             | CS(e)           | wait of DS(e + D)             |                 |                |   compared
 // Zero, the word of fresh memory, has no count and so is "nothing yet" for every epoch. A word
 // older than expected means not here yet; a newer one is a protocol error, unless it is an abort: a
-// rank that loses a round while it opens it says so at once, over a word that may not have been
-// read, and has given up all before as well.
+// rank that loses a round says so at once, over a word of the slot's last round that may not have
+// been read. It then reads as an abort of that one (docs/protocol-model.md).
 #pragma once
 
 #include <stdint.h>
@@ -74,9 +74,10 @@ struct Signal {
 
 // What a rank says of itself; written by its owner only.
 struct Control {
-  uint64_t epoch;     // rounds begun: the number of the next one
-  uint64_t awaiting;  // signal_word(epoch, rank) while waiting long, else 0: read by peers to find
-                      // who is to blame
+  uint64_t epoch;  // rounds begun: the number of the next one
+  // While waiting long: signal_word(epoch, 2 * rank + kind) of what is awaited; else 0. Peers read
+  // it to find who is to blame.
+  uint64_t awaiting;
   uint64_t combined[kMaxDepth];  // per slot: 1 + the last round whose combine signals are out
 };
 

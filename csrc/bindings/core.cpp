@@ -128,6 +128,7 @@ void bind_engine(py::module_& m) {
                        int output_dtype,
                        int64_t hidden,
                        int64_t timeout_ns,
+                       int num_cores,
                        int rank,
                        std::vector<std::shared_ptr<cpu::Segment>> heaps,
                        const std::vector<int>& pids,
@@ -137,7 +138,8 @@ void bind_engine(py::module_& m) {
                                             static_cast<cpu::ScaleFormat>(scale_format),
                                             static_cast<cpu::Dtype>(output_dtype),
                                             hidden,
-                                            timeout_ns};
+                                            timeout_ns,
+                                            num_cores};
              return std::make_unique<EngineWithHeaps>(config, rank, std::move(heaps), pids, simd);
            }),
            py::kw_only(),
@@ -147,6 +149,7 @@ void bind_engine(py::module_& m) {
            py::arg("output_dtype"),
            py::arg("hidden"),
            py::arg("timeout_ns"),
+           py::arg("num_cores"),
            py::arg("rank"),
            py::arg("heaps"),
            py::arg("pids"),

@@ -64,10 +64,12 @@ bool Engine::combine_send(uint64_t epoch, const CombineSend& args) {
   const Shape& s = config_.shape;
   const int slot = layout_.slot_of(epoch);
   const int32_t* num_received = local(slot, layout_.num_received);
+  for (int src = 0; src < s.num_ranks; ++src) {
+    if (!is_dead(src) && !may_write_to(src, epoch)) return lose(epoch);
+  }
   for (int i = 0; i < s.num_ranks; ++i) {
     const int src = (rank_ + 1 + i) % s.num_ranks;
     if (is_dead(src)) continue;
-    if (!may_write_to(src, epoch)) return lose(epoch);
     int64_t num_rows = 0;
     for (int32_t c = 0; c < num_received[src]; ++c) {
       num_rows +=

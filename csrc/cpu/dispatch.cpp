@@ -244,6 +244,8 @@ bool Engine::dispatch_recv(uint64_t epoch, const DispatchRecv& args) {
     }
     num_received[src] = args.src_num_tokens[src] = num_tokens;
     if (config_.is_token_major) {
+      // One that died may have written cells that it never signalled.
+      if (is_dead(src)) local(slot, layout_.num_clean)[src] = 0;
       clean_cells(slot, src, num_tokens);
       count_experts(slot, src, num_tokens, args.expert_num_tokens);
       continue;

@@ -25,7 +25,7 @@ Engine::Engine(const EngineConfig& config,
       rank_(rank),
       heaps_(std::move(heaps)),
       kernels_(kernels),
-      policy_(wait_policy(config.shape.num_ranks)) {
+      policy_(wait_policy(config.shape.num_ranks, config.num_cores)) {
   const Shape& s = config_.shape;
   for (int pid : pids) liveness_.emplace_back(pid);
   rank_of_expert_.resize(s.num_experts);
@@ -75,30 +75,37 @@ int Engine::find_culprit(int src) const {
   for (int hop = 0; hop < config_.shape.num_ranks; ++hop) {
     const uint64_t word = __atomic_load_n(&control(culprit).awaiting, __ATOMIC_ACQUIRE);
     if (word == 0) return culprit;
-    const int next = static_cast<int>(signal_value(word));
+    const int next = static_cast<int>(signal_value(word) / 2);
     if (next < 0 || next >= config_.shape.num_ranks || next == rank_) return src;
+    // What it waits for may have come while it was stopped: then nobody holds it up.
+    const auto kind = static_cast<SignalKind>(signal_value(word) % 2);
+    const uint64_t epoch = signal_epoch(word);
+    const Signal& awaited = signal(culprit, layout_.slot_of(epoch), next, kind);
+    if (signal_arrived(load_signal(awaited), epoch)) return culprit;
     culprit = next;
   }
   return src;  // a circle: each waits for the next
 }
 
-bool Engine::poll(int src, Signal& signal, uint64_t epoch, uint64_t* word) {
+bool Engine::poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word) {
+  Signal& awaited = signal(rank_, layout_.slot_of(epoch), src, kind);
   const int64_t start = now_ns();
   for (int i = 0; policy_.spin_ns > 0; ++i) {
-    *word = load_signal(signal);
+    *word = load_signal(awaited);
     if (signal_arrived(*word, epoch)) return true;
     pause_cpu();
     // Looking at the clock costs as much as 20 polls.
     if (i % 32 == 31 && now_ns() - start > policy_.spin_ns) break;
   }
   Control& self = control(rank_);
-  __atomic_store_n(&self.awaiting, signal_word(epoch, src), __ATOMIC_RELEASE);
+  __atomic_store_n(
+      &self.awaiting, signal_word(epoch, src * 2 + static_cast<int>(kind)), __ATOMIC_RELEASE);
   const int64_t limit_ns = start + kMostTimeouts * config_.timeout_ns;
   int64_t deadline_ns = start + config_.timeout_ns;
   int64_t next_look_ns = start + kSliceNs;
   bool is_here = false;
   for (;;) {
-    *word = load_signal(signal);
+    *word = load_signal(awaited);
     if ((is_here = signal_arrived(*word, epoch))) break;
     const int64_t now = now_ns();
     if (now > next_look_ns || now > deadline_ns) {
@@ -110,7 +117,7 @@ bool Engine::poll(int src, Signal& signal, uint64_t epoch, uint64_t* word) {
       const bool is_refused = has_given_up(src, rank_);
       if (is_dead || is_refused || now > deadline_ns) {
         // It may have signalled as its last act.
-        *word = load_signal(signal);
+        *word = load_signal(awaited);
         if ((is_here = signal_arrived(*word, epoch))) break;
         const int64_t waited_ns = now - start;
         if (is_dead) {
@@ -127,7 +134,7 @@ bool Engine::poll(int src, Signal& signal, uint64_t epoch, uint64_t* word) {
     if (now - start < policy_.spin_ns + policy_.yield_ns) {
       sched_yield();
     } else {
-      sleep_on(signal, *word, std::min(kSliceNs, std::max<int64_t>(deadline_ns - now, 1)));
+      sleep_on(awaited, *word, std::min(kSliceNs, std::max<int64_t>(deadline_ns - now, 1)));
     }
   }
   __atomic_store_n(&self.awaiting, uint64_t{0}, __ATOMIC_RELEASE);
@@ -135,12 +142,11 @@ bool Engine::poll(int src, Signal& signal, uint64_t epoch, uint64_t* word) {
 }
 
 bool Engine::await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int64_t* wait_stats) {
-  Signal& mine = signal(rank_, layout_.slot_of(epoch), src, kind);
-  uint64_t word = load_signal(mine);
+  uint64_t word = load_signal(signal(rank_, layout_.slot_of(epoch), src, kind));
   int64_t waited_ns = 0;
   if (!signal_arrived(word, epoch)) {
     const int64_t start = now_ns();
-    const bool is_here = poll(src, mine, epoch, &word);
+    const bool is_here = poll(src, kind, epoch, &word);
     waited_ns = now_ns() - start;
     if (wait_stats != nullptr) wait_stats[src] += waited_ns;
     if (!is_here) return false;
@@ -148,7 +154,7 @@ bool Engine::await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int
   *count = signal_value(word);
   const bool is_abort = signal_is_abort(word);
   const int64_t limit = is_abort ? config_.shape.num_ranks - 1 : config_.shape.max_num_tokens;
-  // A rank that loses a round while it opens it may have written over the word that we wait for.
+  // A rank that loses a later round says so at once, maybe over the word that we wait for.
   const bool is_expected = signal_epoch(word) == epoch || is_abort;
   if (!is_expected || *count > limit) return fail_protocol(src, epoch, word);
   if (!is_abort) return true;
@@ -170,6 +176,10 @@ void Engine::signal_all(uint64_t epoch, SignalKind kind, uint64_t word) {
 }
 
 bool Engine::lose(uint64_t epoch) {
+  fault_.epoch = epoch;  // in a closing wait, the round that was awaited is another
+  // Cells of this round may have come, or still come, that no receive will count.
+  int32_t* num_clean = local(layout_.slot_of(epoch), layout_.num_clean);
+  std::fill(num_clean, num_clean + config_.shape.num_ranks, 0);
   Control& self = control(rank_);
   const uint64_t word = abort_word(epoch, static_cast<uint64_t>(fault_.rank));
   if (self.epoch == epoch) {
@@ -194,11 +204,11 @@ bool Engine::close_round(uint64_t epoch) {
   }
   for (int src = 0; src < config_.shape.num_ranks; ++src) {
     if (src == rank_ || is_dead(src)) continue;
-    Signal& mine = signal(rank_, layout_.slot_of(epoch), src, SignalKind::kCombine);
-    uint64_t word = load_signal(mine);
+    constexpr SignalKind kind = SignalKind::kCombine;
+    uint64_t word = load_signal(signal(rank_, layout_.slot_of(epoch), src, kind));
     // An abort closes the round too, and so does that of a later one: its sender reads nothing of
     // this one any more.
-    if (!signal_arrived(word, epoch) && !poll(src, mine, epoch, &word)) return false;
+    if (!signal_arrived(word, epoch) && !poll(src, kind, epoch, &word)) return false;
     if (signal_epoch(word) != epoch && !signal_is_abort(word))
       return fail_protocol(src, epoch, word);
   }

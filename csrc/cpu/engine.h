@@ -27,6 +27,7 @@ struct EngineConfig {
   Dtype output_dtype;
   int64_t hidden;
   int64_t timeout_ns;
+  int num_cores;  // that the ranks of this host may run on, all together
 };
 
 struct DispatchSend {
@@ -81,8 +82,8 @@ struct Fault {
   int rank = -1;  // to blame
   int via = -1;   // through whom it was seen
   Reason reason = Reason::kDeadline;
-  uint64_t epoch = 0;
-  uint64_t expected = 0;  // epoch
+  uint64_t epoch = 0;     // of the round that is lost
+  uint64_t expected = 0;  // epoch that was waited for
   int64_t observed = -1;  // epoch in the word, -1 for none; the offending id for kRouting
   int64_t waited_ns = 0;
   int64_t token = -1, choice = -1;  // kRouting
@@ -118,7 +119,7 @@ class Engine {
   bool await(int src, SignalKind kind, uint64_t epoch, int64_t* count, int64_t* wait_stats);
   // Waits until the word of `epoch` is there; false with the reason in `fault_` when it will not
   // come.
-  bool poll(int src, Signal& signal, uint64_t epoch, uint64_t* word);
+  bool poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word);
   bool fail(FaultKind kind,
             Reason reason,
             int rank,

@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -15,16 +14,11 @@ namespace {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the futex is the low half of the word");
 uint32_t* futex_of(Signal& signal) { return reinterpret_cast<uint32_t*>(&signal.word); }
 
-int num_usable_cores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-  return CPU_COUNT(&set);
-}
-
 }  // namespace
 
-WaitPolicy wait_policy(int num_ranks) {
-  if (num_ranks <= num_usable_cores()) return {200'000, 1'000'000};
+WaitPolicy wait_policy(int num_ranks, int num_cores) {
+  // The spin is short even so: now and then the kernel puts two ranks on one core for a while.
+  if (num_ranks <= num_cores) return {20'000, 1'000'000};
   return {0, 50'000};
 }
 

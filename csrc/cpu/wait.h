@@ -24,7 +24,8 @@ struct WaitPolicy {
   int64_t spin_ns;   // poll with `pause`
   int64_t yield_ns;  // then poll with sched_yield; then sleep on a futex
 };
-WaitPolicy wait_policy(int num_ranks);
+// `num_cores`: those that the ranks of this host may run on, all together.
+WaitPolicy wait_policy(int num_ranks, int num_cores);
 
 // Pairs with [signal] in `load_signal`: all that this thread wrote before is visible to who sees
 // the word.

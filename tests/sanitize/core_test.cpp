@@ -88,12 +88,17 @@ class Rank {
         rng_(77 + rank),
         layout_(HeapLayout::of(world.shape)),
         heap_(world.addresses[rank]),
-        engine_(
-            {world.shape, c.is_token_major, ScaleFormat::kFp32, Dtype::kFp32, c.hidden, kTimeoutNs},
-            rank,
-            world.addresses,
-            std::vector<int>(c.ranks, 0),
-            *find_kernels("")) {
+        engine_({world.shape,
+                 c.is_token_major,
+                 ScaleFormat::kFp32,
+                 Dtype::kFp32,
+                 c.hidden,
+                 kTimeoutNs,
+                 2},
+                rank,
+                world.addresses,
+                std::vector<int>(c.ranks, 0),
+                *find_kernels("")) {
     const int64_t cells = int64_t{c.ranks} * c.max_tokens;
     x_.resize(num_local() * cells * c.hidden);
     y_.resize(c.is_token_major ? cells * c.hidden : x_.size());

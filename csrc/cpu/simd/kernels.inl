@@ -37,41 +37,56 @@ inline void write(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// How a vector of a dtype becomes `kParts` vectors of fp32, and back. The parts may hold the
+// elements in any order, the same both ways: a sum does not mind.
 template <Dtype kDtype>
 struct Format;
 
 template <>
 struct Format<Dtype::kFp32> {
   using Raw = F32;
-  static F32 widen(F32 raw) { return raw; }
-  static F32 narrow(F32 f) { return f; }
+  static constexpr int kParts = 1;
+  static void widen(Raw raw, F32* parts) { parts[0] = raw; }
+  static Raw narrow(const F32* parts) { return parts[0]; }
 };
+
+// Round to nearest even, to the upper half of each lane; a NaN stays one.
+inline U32 round_to_bf16(F32 f) {
+  const U32 u = bits_of(f);
+  const U32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return select(is_above(magnitude(u), 0x7f800000u), splat(0x7fc00000u), rounded);
+}
 
 template <>
 struct Format<Dtype::kBf16> {
-  using Raw = U16;
-  static F32 widen(U16 raw) { return float_of(__builtin_convertvector(raw, U32) << 16); }
-  // Round to nearest even; a NaN stays one.
-  static U16 narrow(F32 f) {
-    const U32 u = bits_of(f);
-    const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    return __builtin_convertvector(
-        select(is_above(magnitude(u), 0x7f800000u), splat(0x7fc0u), rounded), U16);
+  // Pairs, even elements in the low halves: a shift and a mask take them apart without moving a
+  // lane.
+  using Raw = U32;
+  static constexpr int kParts = 2;
+  static void widen(Raw raw, F32* parts) {
+    parts[0] = float_of(raw << 16);
+    parts[1] = float_of(raw & 0xffff0000u);
+  }
+  static Raw narrow(const F32* parts) {
+    return (round_to_bf16(parts[0]) >> 16) | (round_to_bf16(parts[1]) & 0xffff0000u);
   }
 };
 
 template <>
 struct Format<Dtype::kFp16> {
   using Raw = U16;
+  static constexpr int kParts = 1;
+  static void widen(Raw raw, F32* parts) { parts[0] = widen(raw); }
+  static Raw narrow(const F32* parts) { return narrow(parts[0]); }
   // Moves the fields into place and lets a multiplication mend the exponent, subnormals included.
-  static F32 widen(U16 raw) {
+  static F32 widen(Raw raw) {
     const U32 u = __builtin_convertvector(raw, U32);
     const U32 fields = (u & 0x7fffu) << 13;
     const U32 finite = bits_of(float_of(fields) * 0x1p112f);
     const I32 is_special = is_above(fields, (0x7c00u << 13) - 1);  // infinity and NaN
     return float_of(select(is_special, fields | 0x7f800000u, finite) | ((u & 0x8000u) << 16));
   }
-  static U16 narrow(F32 f) {
+  static Raw narrow(F32 f) {
     const U32 u = bits_of(f);
     const U32 a = magnitude(u);
     // 65520 and above round to infinity, which the carry into the exponent yields by itself below
@@ -87,38 +102,35 @@ struct Format<Dtype::kFp16> {
   }
 };
 
-template <Dtype kDtype>
-inline F32 load(const std::byte* p) {
-  return Format<kDtype>::widen(read<typename Format<kDtype>::Raw>(p));
-}
-
 // `kVectors` vectors at `offset`, kept in registers across the rows.
 template <Dtype kDtype, int kVectors>
 inline void sum_block(
     std::byte* out, const void* const* rows, const float* weights, int num_rows, int64_t offset) {
-  constexpr int kStep = sizeof(typename Format<kDtype>::Raw);
-  F32 sums[kVectors] = {};
+  using F = Format<kDtype>;
+  F32 sums[kVectors][F::kParts] = {};
   for (int r = 0; r < num_rows; ++r) {
     const std::byte* row = static_cast<const std::byte*>(rows[r]) + offset;
-    if (weights != nullptr) {
-      const float weight = weights[r];
-      for (int v = 0; v < kVectors; ++v) sums[v] = sums[v] + load<kDtype>(row + v * kStep) * weight;
-    } else {
-      for (int v = 0; v < kVectors; ++v) sums[v] = sums[v] + load<kDtype>(row + v * kStep);
+    for (int v = 0; v < kVectors; ++v) {
+      F32 parts[F::kParts];
+      F::widen(read<typename F::Raw>(row + v * sizeof(typename F::Raw)), parts);
+      for (int p = 0; p < F::kParts; ++p) {
+        sums[v][p] = sums[v][p] + (weights != nullptr ? parts[p] * weights[r] : parts[p]);
+      }
     }
   }
   for (int v = 0; v < kVectors; ++v) {
-    write(out + offset + v * kStep, Format<kDtype>::narrow(sums[v]));
+    write(out + offset + v * sizeof(typename F::Raw), F::narrow(sums[v]));
   }
 }
 
 template <Dtype kDtype>
 void sum_rows(
     void* out, const void* const* rows, const float* weights, int num_rows, int64_t hidden) {
-  constexpr int kStep = sizeof(typename Format<kDtype>::Raw);
+  using F = Format<kDtype>;
+  constexpr int kStep = sizeof(typename F::Raw);
   constexpr int kVectors = 4;
   std::byte* const dst = static_cast<std::byte*>(out);
-  const int64_t num_bytes = hidden * (kStep / kWidth);
+  const int64_t num_bytes = hidden * (kStep / (kWidth * F::kParts));
   int64_t offset = 0;
   for (; offset + kVectors * kStep <= num_bytes; offset += kVectors * kStep) {
     sum_block<kDtype, kVectors>(dst, rows, weights, num_rows, offset);
@@ -129,14 +141,17 @@ void sum_rows(
   if (offset == num_bytes) return;
   // The tail, padded: one row at a time through a vector on the stack.
   const size_t tail_bytes = static_cast<size_t>(num_bytes - offset);
-  F32 sum = {};
+  F32 sums[F::kParts] = {};
   for (int r = 0; r < num_rows; ++r) {
     alignas(MOEBIUS_SIMD_BYTES) std::byte padded[kStep] = {};
     memcpy(padded, static_cast<const std::byte*>(rows[r]) + offset, tail_bytes);
-    const F32 value = load<kDtype>(padded);
-    sum = sum + (weights != nullptr ? value * weights[r] : value);
+    F32 parts[F::kParts];
+    F::widen(read<typename F::Raw>(padded), parts);
+    for (int p = 0; p < F::kParts; ++p) {
+      sums[p] = sums[p] + (weights != nullptr ? parts[p] * weights[r] : parts[p]);
+    }
   }
-  const auto raw = Format<kDtype>::narrow(sum);
+  const typename F::Raw raw = F::narrow(sums);
   memcpy(dst + offset, &raw, tail_bytes);
 }
 
@@ -170,9 +185,17 @@ inline U8 e4m3_of(F32 f) {
   return __builtin_convertvector(select(is_nan, splat(0x7fu), finite) | ((u >> 24) & 0x80u), U8);
 }
 
+// kWidth elements in order, as quantising needs them.
+template <Dtype kDtype>
+inline F32 load(const std::byte* p) {
+  if constexpr (kDtype == Dtype::kFp32) return read<F32>(p);
+  if constexpr (kDtype == Dtype::kFp16) return Format<kDtype>::widen(read<U16>(p));
+  return float_of(__builtin_convertvector(read<U16>(p), U32) << 16);
+}
+
 template <Dtype kDtype>
 void quantise_rows(const void* x, int64_t hidden, ScaleFormat format, uint8_t* out, void* scales) {
-  constexpr int kStep = sizeof(typename Format<kDtype>::Raw);
+  constexpr int kStep = kWidth * (kDtype == Dtype::kFp32 ? 4 : 2);
   constexpr int kVectors = kGroup / kWidth;
   const std::byte* src = static_cast<const std::byte*>(x);
   for (int64_t group = 0; group < hidden / kGroup; ++group) {

@@ -1,0 +1,196 @@
+"""The command line: flags, subcommands, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any, get_args
+
+from moebius.config import Config, Layout
+from moebius.errors import ConfigError, MoebiusError
+
+from .console import out
+from .ranks import num_cores
+from .workload import BENCH_PAYLOADS, ROUTINGS, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+ENGINES = ("auto", "cpu")
+USAGE_ERROR = 2
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(item) for item in text.split(",")]
+
+
+def _words(choices: Sequence[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        for item in text.split(","):
+            if item not in choices:
+                raise argparse.ArgumentTypeError(f"choose from {', '.join(choices)} (got {item!r})")
+        return text.split(",")
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moebius",
+        description="One-sided expert-parallel all-to-all: see it run, measure it, plan its memory.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo", help="decode steps of a MoE layer, checked and timed beside gloo, with an HTML report"
+    )
+    _shape_flags(demo, many=False)
+    demo.add_argument(
+        "--steps", type=int, default=1200, help="timed steps on each side (default 1200; p99.9 needs 1000)"
+    )
+    demo.add_argument("--seconds", type=float, default=35.0, help="begin no more steps after so long (default 35)")
+    demo.add_argument("--intermediate", type=int, default=128, help="channels inside an expert (default 128)")
+    demo.add_argument("--report", type=pathlib.Path, default=pathlib.Path("moebius-report/index.html"), metavar="PATH")
+    demo.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="kill everything after so long (default 300)"
+    )
+
+    bench = commands.add_parser("bench", help="sweep shapes, moebius and gloo in turn; flags take comma lists")
+    _shape_flags(bench, many=True)
+    bench.add_argument(
+        "--repeat", type=int, default=1, help="interleaved repetitions of the sweep, for the spread (default 1)"
+    )
+    bench.add_argument("--seconds", type=float, default=1.5, help="measuring time of a configuration (default 1.5)")
+    bench.add_argument("--tiny", action="store_true", help="one small configuration, a few rounds: only to see it work")
+    bench.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("moebius-report/bench.csv"), metavar="PATH")
+    bench.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="kill everything when one configuration takes longer"
+    )
+
+    plan = commands.add_parser("plan", help="bytes of every region, EP size by EP size, beside DeepEP V1")
+    _shape_flags(plan, many=False, experts=256, hidden=7168, tokens=128, payload="fp8_e4m3", any_ranks=True)
+
+    doctor = commands.add_parser("doctor", help="what runs here, what does not, and why")
+    doctor.add_argument("--json", type=pathlib.Path, metavar="PATH")
+    return parser
+
+
+def _shape_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    many: bool,
+    experts: int = 64,
+    hidden: int = 2048,
+    tokens: int = 64,
+    payload: str = "bf16",
+    any_ranks: bool = False,
+) -> None:
+    """The flags that all but `doctor` share; comma lists where `many`."""
+    number = _numbers if many else int
+    ranks = "all powers of two" if any_ranks else "one per core, at least 2"
+    parser.add_argument("--ranks", type=_numbers if any_ranks or many else int, help=f"processes (default: {ranks})")
+    parser.add_argument("--experts", type=int, default=experts, help=f"E, over all ranks (default {experts})")
+    parser.add_argument("--topk", type=number, default=[8] if many else 8, help="K, experts a token (default 8)")
+    parser.add_argument(
+        "--hidden", type=number, default=None if many else hidden, help=f"H, channels (default {hidden})"
+    )
+    parser.add_argument(
+        "--tokens", type=number, default=None if many else tokens, help=f"T, tokens a rank (default {tokens})"
+    )
+    parser.add_argument("--max-num-tokens", type=int, default=0, help="M, the most a rank may send (default: T)")
+    for flag, choices, default in (
+        ("--payload", BENCH_PAYLOADS, payload),
+        ("--layout", LAYOUTS, "expert_major"),
+        ("--routing", ROUTINGS, "uniform"),
+    ):
+        if many:
+            parser.add_argument(flag, type=_words(choices), help=f"of {', '.join(choices)}")
+        else:
+            parser.add_argument(flag, choices=choices, default=default, help=f"(default {default})")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="(default auto: what runs here)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and routing (default 0)")
+    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write everything the table shows, and more")
+
+
+def _demo(flags: argparse.Namespace) -> int:
+    from .demo import DemoOptions, print_result, run
+
+    workload = _workload(flags)
+    if flags.steps < 1 or flags.intermediate < 1:
+        raise SystemExit("`--steps` and `--intermediate` must be at least 1")
+    out(
+        f"{workload.ranks} ranks on {num_cores()} cores, "
+        f"{workload.tokens} tokens x {workload.hidden} {workload.payload} each, "
+        f"top-{workload.topk} of {workload.experts} experts, {workload.layout}, {workload.routing} routing"
+    )
+    result = run(workload, DemoOptions(flags.steps, flags.seconds, flags.intermediate, flags.report, flags.timeout))
+    print_result(result)
+    _write_json(flags.json, result)
+    return 0 if result["check"]["passed"] else 1
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    from .sweep import SweepOptions, run
+
+    options = SweepOptions.from_flags(vars(flags))
+    result = run(options)
+    _write_json(flags.json, result)
+    return 0
+
+
+def _plan(flags: argparse.Namespace) -> int:
+    from .machine import provenance
+    from .plan import plan_report, print_plan
+
+    config: Config = dataclasses.replace(_workload(flags, ranks=1)).config()
+    report = plan_report(config, flags.ranks)
+    print_plan(report)
+    _write_json(flags.json, {"kind": "plan", **provenance(), **report})
+    return 0
+
+
+def _doctor(flags: argparse.Namespace) -> int:
+    from .doctor import examine, print_findings
+
+    findings = examine()
+    print_findings(findings)
+    _write_json(flags.json, findings)
+    return 0 if findings["works"] else 1
+
+
+def _workload(flags: argparse.Namespace, ranks: int | None = None) -> Workload:
+    return Workload(
+        ranks=ranks or flags.ranks or max(num_cores(), 2),
+        experts=flags.experts,
+        topk=flags.topk,
+        hidden=flags.hidden,
+        tokens=flags.tokens,
+        max_num_tokens=flags.max_num_tokens,
+        payload=flags.payload,
+        layout=flags.layout,
+        routing=flags.routing,
+        seed=flags.seed,
+    )
+
+
+def _write_json(path: pathlib.Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    flags = _parser().parse_args(arguments)
+    command = {"demo": _demo, "bench": _bench, "plan": _plan, "doctor": _doctor}[flags.command]
+    try:
+        return command(flags)
+    except MoebiusError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return USAGE_ERROR if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,122 @@
+"""The engines that the suite holds to one behaviour. A new engine adds a line to `ENGINES`.
+
+A test hands an engine a *program*: a generator function `program(a2a, *arguments)` that yields after its sends and
+returns what the rank got. Between two yields a program may receive only what every rank has sent before the first of
+them, so one thread can run all ranks in turn, and threads or processes can run one each.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import moebius
+from moebius import AllToAll, Config
+from tests.helpers.launch import RankPool, in_threads
+
+if TYPE_CHECKING:
+    from tests.helpers.skew import Skew
+
+Program = Callable[..., Generator[None, None, Any]]
+Run = Callable[[Config, int, Program, Sequence[tuple[Any, ...]], "Skew | None"], list[Any]]
+
+POOL_RANKS = 4
+# Ranks of a group are not always the ranks of the world, nor neighbours.
+POOL_GROUPS = {1: (2,), 2: (1, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
+TIMEOUT_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """One way to run ranks.
+
+    Attributes:
+        name: part of the test's id.
+        run: runs a program on every rank with its arguments, and returns what each returned.
+        concurrent: ranks run at their own pace, so blocking calls and skew make sense.
+        sizes: numbers of ranks it is tested with.
+    """
+
+    name: str
+    run: Run
+    concurrent: bool
+    sizes: tuple[int, ...] = (1, 2, 3, 4)
+
+
+def run_single(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """One thread, all ranks in turn from yield to yield; the skew is in the order of the ranks."""
+    ranks = [AllToAll(group, config) for group in moebius.virtual_ranks(num_ranks)]
+    try:
+        steps = {rank: program(a2a, *arguments[rank]) for rank, a2a in enumerate(ranks)}
+        results: dict[int, Any] = {}
+        while steps:
+            for rank in list(steps):
+                try:
+                    next(steps[rank])
+                except StopIteration as end:
+                    results[rank] = end.value
+                    del steps[rank]
+        return [results[rank] for rank in range(num_ranks)]
+    finally:
+        for a2a in ranks:
+            a2a.close()
+
+
+def run_rank(group: Any, config: Config, program: Program, rank: int, arguments: tuple[Any, ...], skew: Any) -> Any:
+    """One rank at its own pace."""
+    pauses = skew.pauses(rank) if skew is not None else None
+    with AllToAll(group, config) as a2a:
+        steps = program(a2a, *arguments)
+        while True:
+            if pauses is not None:
+                next(pauses)
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+
+def run_threads(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """A thread for each rank."""
+    groups = moebius.virtual_ranks(num_ranks)
+    return in_threads(
+        num_ranks,
+        lambda rank: run_rank(groups[rank], config, program, rank, arguments[rank], skew),
+        timeout_s=TIMEOUT_S,
+    )
+
+
+def run_processes(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """A process for each rank, kept from test to test."""
+    jobs = [(config, program, rank, arguments[rank], skew) for rank in range(num_ranks)]
+    return pool().run(run_rank, jobs, members=POOL_GROUPS[num_ranks], timeout_s=TIMEOUT_S)
+
+
+_pools: list[RankPool] = []
+
+
+def pool() -> RankPool:
+    """The processes; started by the first who asks, and again after a failure."""
+    if not _pools or _pools[-1].closed:
+        _pools.append(RankPool(POOL_RANKS, groups=list(POOL_GROUPS.values())))
+        atexit.register(_pools[-1].close)
+    return _pools[-1]
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("cpu-single", run_single, concurrent=False),
+        Engine("cpu-threads", run_threads, concurrent=True),
+        Engine("cpu-processes", run_processes, concurrent=True),
+    )
+}
+CONCURRENT = [name for name, engine in ENGINES.items() if engine.concurrent]
