@@ -29,6 +29,14 @@ class MoebiusBatchedCPUExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         return mk.FusedMoEActivationFormat.BatchedExperts
 
     @staticmethod
+    def is_supported_config(cls: Any, moe_config: Any, *keys_and_format: Any) -> tuple[bool, str | None]:
+        """As the base class finds, but not where the activation is clamped."""
+        if getattr(moe_config, "swiglu_limit", None) is not None:
+            return False, "kernel does not support a clamped activation"
+        found: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(cls, moe_config, *keys_and_format)
+        return found
+
+    @staticmethod
     def _supports_current_device() -> bool:
         return bool(current_platform.is_cpu())
 

@@ -149,6 +149,7 @@ POINTS = (
         is_patched=True,
     ),
     Point(f"{MOE}/runner/moe_runner.py", "_moe_forward_shared", "CPU: the operators moe_forward, moe_forward_shared"),
+    Point("envs.py", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "how long an exchange waits"),
     Point("v1/worker/ubatching.py", "dbo_current_ubatch_id", "state for each micro-batch"),
     Point("v1/worker/ubatching.py", "dbo_maybe_run_recv_hook", "order of the halves of two micro-batches"),
     Point("utils/import_utils.py", "resolve_obj_by_qualname", "the platform names its communicator by a string"),
