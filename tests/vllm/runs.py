@@ -1,5 +1,6 @@
 """Runs of the real vLLM over several processes, and what they leave behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -116,8 +117,29 @@ def generate(
     return Result(found, "\n".join(logs))
 
 
+def processes_of(session: int) -> list[int]:
+    """Every process of a session that is there, zombies not counted."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            state, _, _, theirs = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(theirs) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(process: "subprocess.Popen[Any]", limit_s: float) -> list[int]:
+    """What is left of a process and its session after at most `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while processes_of(process.pid) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.2)
+    return processes_of(process.pid)
+
+
 def end(process: "subprocess.Popen[Any]") -> None:
     """End a process and all of its session that is still there."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    for pid in processes_of(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(timeout=30)

@@ -47,9 +47,11 @@ def test_requests_that_come_and_go(
         )
     try:
         process.wait(timeout=240)
+        left = runs.wait_until_gone(process, 20)
     finally:
         runs.end(process)
     assert process.returncode == 0, (tmp_path / "log").read_text()[-4000:]
+    assert left == [], "an engine that is shut down leaves no process"
     assert "2 ranks, batched format" in (tmp_path / "log").read_text()
     found = json.loads((tmp_path / "out.json").read_text())
     num_asked = len(prompts) * REPEATS

@@ -69,21 +69,7 @@ class Server:
         return runs.Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     def processes(self) -> list[int]:
-        """Every process of the server's session that is there."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
-                if session == self.process.pid and "Z" not in (entry / "stat").read_text().rpartition(")")[2][:3]:
-                    found.append(int(entry.name))
-        return found
-
-    def wait_until_gone(self, limit_s: float) -> list[int]:
-        deadline = time.monotonic() + limit_s
-        while self.processes() and time.monotonic() < deadline:
-            self.process.poll()
-            time.sleep(0.2)
-        return self.processes()
+        return runs.processes_of(self.process.pid)
 
 
 @pytest.fixture
@@ -96,14 +82,11 @@ def servers(model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[[
 
     yield start
     for server in started:
-        for pid in server.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        server.process.wait(timeout=30)
+        runs.end(server.process)
 
 
 @pytest.mark.slow
-def test_a_server_answers_dies_and_comes_back(
+def test_a_server_answers_dies_comes_back_and_notices_a_dead_rank(
     servers: Callable[[], Server], expected: Callable[[str], dict[str, runs.Answer]]
 ) -> None:
     wanted = expected("qwen3_moe")
@@ -128,7 +111,7 @@ def test_a_server_answers_dies_and_comes_back(
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert len(killed) >= 4
-    assert server.wait_until_gone(20) == []
+    assert runs.wait_until_gone(server.process, 20) == []
     left = set(os.listdir("/dev/shm")) - segments
     assert not [name for name in left if not name.startswith(("psm_", "sem.", "torch_", "cpushm"))], left
     for name in left:  # vLLM's own, which it cannot clean up when killed
@@ -139,19 +122,11 @@ def test_a_server_answers_dies_and_comes_back(
     again.wait_until_ready()
     prompt, length = prompts[0]
     compare({prompt: again.complete(prompt, length)}, {prompt: wanted[prompt]})
-    again.process.send_signal(signal.SIGINT)
-    assert again.wait_until_gone(60) == [], "a server that is asked to stop leaves no process"
 
-
-@pytest.mark.slow
-def test_a_rank_that_dies_takes_the_server_down_in_seconds(servers: Callable[[], Server]) -> None:
-    """vLLM has no way to go on with fewer ranks here; it must notice, and not hang in an exchange."""
-    server = servers()
-    server.wait_until_ready()
-    server.complete("warm", 2)
-    workers = [pid for pid in server.processes() if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    # vLLM has no way to go on with fewer ranks here: it must notice, and nothing may hang in an exchange.
+    workers = [pid for pid in again.processes() if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     with contextlib.suppress(OSError):
-        server.complete("nobody answers this", 50)
-    assert server.wait_until_gone(60) == []
+        again.complete("nobody answers this", 50)
+    assert runs.wait_until_gone(again.process, 60) == []

