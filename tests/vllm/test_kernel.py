@@ -146,7 +146,7 @@ def make_kernel(case: str, rank: int, group: Any, topk: int, w1: Tensor, w2: Ten
     sends_fp8 = layers.sends_fp8(config, quant)
     assert sends_fp8 == is_fp8
     own = slice(rank * E // R, (rank + 1) * E // R)
-    mine1, mine2 = w1[own].to(dtype), w2[own].to(dtype)
+    mine1, mine2 = w1[own].to(dtype, copy=True), w2[own].to(dtype, copy=True)
     made: Any
     chosen: Any
     if form == "batched":
