@@ -117,6 +117,11 @@ def generate(
     return Result(found, "\n".join(logs))
 
 
+def segments() -> set[str]:
+    """Named shared memory that may be ours: not of vLLM's queues and locks, nor of torch, of this run or another."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("psm_", "sem.", "torch_", "cpushm"))}
+
+
 def processes_of(session: int) -> list[int]:
     """Every process of a session that is there, zombies not counted."""
     found = []

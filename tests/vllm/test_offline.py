@@ -1,7 +1,6 @@
 """Offline runs over several processes answer as one process does."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def test_answers_equal_those_of_one_process(
     mode: Mode, model: Callable[[str], Path], expected: Callable[[str], dict[str, runs.Answer]], tmp_path: Path
 ) -> None:
     wanted = expected(mode.kind)
-    segments = set(os.listdir("/dev/shm"))
+    before = runs.segments()
     ran = runs.generate(
         tmp_path,
         model(mode.kind),
@@ -82,7 +81,7 @@ def test_answers_equal_those_of_one_process(
         form = mode.form or "standard"
         line = f"of vLLM {version()}: {mode.dp * mode.tp} ranks, {form} format"
         assert ran.log.count(line) == mode.dp * mode.tp, "each process says once that we are active"
-    assert set(os.listdir("/dev/shm")) - segments == set()
+    assert runs.segments() - before == set()
 
 
 def version() -> str:
