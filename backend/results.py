@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from .rounds import Round
     from .slots import SlotBuffers
+
+
+Result = TypeVar("Result")
 
 
 class Dispatched:
@@ -95,24 +98,24 @@ class Dispatched:
         return self._buffers.layout_range
 
 
-class PendingDispatch:
-    """A dispatch whose send half has run."""
+class Pending(Generic[Result]):
+    """An operation whose send half has run."""
 
     __slots__ = ("_receive", "_result", "_round")
 
-    def __init__(self, begun: Round, receive: Callable[[], Dispatched]) -> None:
+    def __init__(self, begun: Round, receive: Callable[[], Result]) -> None:
         """Hold the receive half."""
         self._round = begun
-        self._receive: Callable[[], Dispatched] | None = receive
-        self._result: Dispatched | None = None
+        self._receive: Callable[[], Result] | None = receive
+        self._result: Result | None = None
 
     @property
     def epoch(self) -> int:
         """Number of the round."""
         return self._round.epoch
 
-    def receive(self) -> Dispatched:
-        """Run the receive half: wait for every rank's tokens and lay them out. Again: the same result.
+    def receive(self) -> Result:
+        """Run the receive half, once; again, and it returns the same result.
 
         Raises:
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
@@ -125,34 +128,13 @@ class PendingDispatch:
         return self._result
 
 
-class PendingCombine:
-    """A combine whose send half has run."""
+class PendingDispatch(Pending[Dispatched]):
+    """A dispatch whose send half has run; `receive` waits for every rank's tokens and lays them out."""
 
-    __slots__ = ("_receive", "_result", "_round")
+    __slots__ = ()
 
-    def __init__(self, begun: Round, receive: Callable[[], Tensor]) -> None:
-        """Hold the receive half."""
-        self._round = begun
-        self._receive: Callable[[], Tensor] | None = receive
-        self._result: Tensor | None = None
 
-    @property
-    def epoch(self) -> int:
-        """Number of the round."""
-        return self._round.epoch
+class PendingCombine(Pending["Tensor"]):
+    """A combine whose send half has run; `receive` waits for the rows of this rank's tokens and adds them up."""
 
-    def receive(self) -> Tensor:
-        """Run the receive half: wait for the rows of this rank's tokens and add them up. Again: the same tensor.
-
-        Returns:
-            [T, H] in the output dtype.
-
-        Raises:
-            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
-            StateError: the object was closed.
-        """
-        if self._result is None and self._receive is not None:
-            self._result = self._receive()
-            self._receive = None
-        assert self._result is not None
-        return self._result
+    __slots__ = ()

@@ -42,9 +42,10 @@ def num_cores() -> int:
 
 
 def _pin(rank: int, num_ranks: int) -> None:
-    """Give each rank, with the threads it will start, a core of its own, where there are enough.
+    """Give the calling thread of each rank a core of its own, where there are enough.
 
     Left alone, Linux may keep two ranks on one core for seconds, as soon as anything else runs: they wake each other.
+    After gloo has started its threads, which stay free: on the rank's own core they cost it milliseconds a call.
     """
     if hasattr(os, "sched_setaffinity") and num_ranks <= num_cores():
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
@@ -190,7 +191,6 @@ def _rank_main(rank: int, num_ranks: int, store: str, words: Any, inboxes: list[
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a parent that is killed
     try:
         start_line = StartLine(words, rank, num_ranks, num_cores())
-        _pin(rank, num_ranks)
         torch.set_num_threads(1)  # a rank is a core
         os.putenv("GLOO_SOCKET_IFNAME", "lo")  # one machine, whose name may not resolve
         dist.init_process_group(
@@ -200,6 +200,7 @@ def _rank_main(rank: int, num_ranks: int, store: str, words: Any, inboxes: list[
             world_size=num_ranks,
             timeout=dt.timedelta(seconds=120),
         )
+        _pin(rank, num_ranks)
         group = dist.group.WORLD
         assert group is not None  # just initialised
         context = RankContext(
