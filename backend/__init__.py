@@ -1,6 +1,6 @@
 """moebius: low-latency expert-parallel all-to-all for MoE decode.
 
-Layers; imports go down only: `deep_ep`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `slots`, `results`,
+Layers; imports go down only: `deep_ep`, `vllm`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `slots`, `results`,
 `rounds`, `arguments`, `engines`, `plan` -> `wire`, `checks`, `faults` -> `native` -> `config`, `errors`, `env`.
 """
 
@@ -19,6 +19,7 @@ from .errors import (
     StateError,
     UnknownKeywordError,
     UnsupportedError,
+    VersionError,
 )
 from .group import VirtualRank, virtual_ranks
 from .plan import Plan, plan
@@ -42,6 +43,7 @@ __all__ = [
     "StateError",
     "UnknownKeywordError",
     "UnsupportedError",
+    "VersionError",
     "VirtualRank",
     "__version__",
     "plan",

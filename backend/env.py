@@ -31,8 +31,15 @@ SIMD = Variable(
     "the best the processor has",
     "SIMD level of the CPU engine; read when the extension is loaded",
 )
+VLLM_FORMAT = Variable(
+    "MOEBIUS_VLLM_FORMAT",
+    ("batched", "standard"),
+    "standard on the CPU, batched elsewhere",
+    "how vLLM's experts get their tokens: packed by expert, or as they arrived; read when vLLM builds a layer",
+)
 VARIABLES = (
     SIMD,
+    VLLM_FORMAT,
     Variable(
         "MOEBIUS_SKIP_CUDA_BUILD",
         ("1",),
@@ -58,3 +65,12 @@ def simd() -> str | None:
         ConfigError: it is no level that exists.
     """
     return _choice(SIMD)
+
+
+def vllm_format() -> str | None:
+    """The format that vLLM's experts are to be given, or None for the platform's default.
+
+    Raises:
+        ConfigError: it is no format that exists.
+    """
+    return _choice(VLLM_FORMAT)

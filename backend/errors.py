@@ -128,3 +128,10 @@ class UnsupportedError(MoebiusError, NotImplementedError):
 
 class UnknownKeywordError(MoebiusError, TypeError):
     """A keyword outside the signature of a drop-in. Recover by leaving it out; the message lists the supported set."""
+
+
+class VersionError(MoebiusError, ImportError):
+    """A package that we adapt to has changed under us. The message says where, and which versions fit.
+
+    Raised before anything of it was changed. Recover by installing one of those, or by not choosing the adapter.
+    """
