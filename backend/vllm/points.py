@@ -150,6 +150,7 @@ POINTS = (
     ),
     Point(f"{MOE}/runner/moe_runner.py", "_moe_forward_shared", "CPU: the operators moe_forward, moe_forward_shared"),
     Point("envs.py", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "how long an exchange waits"),
+    Point("forward_context.py", "get_forward_context", "recorded routing: names of layers, and which runs are real"),
     Point("v1/worker/ubatching.py", "dbo_current_ubatch_id", "state for each micro-batch"),
     Point("v1/worker/ubatching.py", "dbo_maybe_run_recv_hook", "order of the halves of two micro-batches"),
     Point("utils/import_utils.py", "resolve_obj_by_qualname", "the platform names its communicator by a string"),
