@@ -51,7 +51,7 @@ class GlooCommunicator(CpuCommunicator):  # type: ignore[misc]
             came = torch.cat([came[rank * most :][:size] for rank, size in enumerate(sizes)])
         parts = [
             part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
-            for tensor, part in zip(tensors, came.split(widths, dim=1), strict=True)
+            for tensor, part in zip(tensors, torch.split(came, widths, dim=1), strict=True)
         ]
         return parts if isinstance(input_, list) else parts[0]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from moebius import env
 
@@ -61,7 +62,7 @@ class Recorder:
         if context.attn_metadata is None:  # a dummy run
             return
         if id(layer) not in self._names:
-            names = getattr(context, "all_moe_layers", None) or []
+            names = [name for name, module in context.no_compile_layers.items() if isinstance(module, MoERunner)]
             at = len(self._names)
             self._names[id(layer)] = names[at] if at < len(names) else f"moe.{at}"
         name = self._names[id(layer)]
