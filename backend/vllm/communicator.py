@@ -33,7 +33,6 @@ class MoebiusAll2AllManager(AgRsAll2AllManager):  # type: ignore[misc]
         """Start without exchanges; the first layer of a shape makes one."""
         super().__init__(cpu_group, tcp_store_group)
         self.handle_cache = Cache()
-        _announce(self.world_size)
 
     def get_handle(self, kwargs: dict[str, Any]) -> AllToAll:
         """The exchange for a shape. Collective, as layers are built in the same order on every rank.
@@ -82,6 +81,8 @@ class MoebiusCommunicator(_PlatformCommunicator):  # type: ignore[misc]
         if is_ours:
             self.use_all2all = True
             self.all2all_manager = MoebiusAll2AllManager(self.cpu_group, kwargs.get("tcp_store_group"))
+            if config.parallel_config.enable_expert_parallel:
+                _announce(self.world_size)
 
 
 def _announce(num_ranks: int) -> None:
