@@ -64,7 +64,7 @@ class ServeOptions:
         length = self.input_len + self.output_len + 8
         return [
             *("--dtype", self.dtype, "--max-model-len", str(length), "--max-num-seqs", str(self.concurrency)),
-            *("--enforce-eager", "--no-enable-prefix-caching", *self.serve),
+            *("--enforce-eager", "--no-enable-prefix-caching", "--api-server-count", "1", *self.serve),
         ]
 
     def client_options(self, seed: int) -> list[str]:
@@ -87,8 +87,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a mixture of experts: folder, or name")
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks, one a core (default 2)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each side, in turn (default 5)")
-    parser.add_argument("--requests", type=int, default=80, help="of a run (default 80)")
-    parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second (default 8)")
+    parser.add_argument("--requests", type=int, default=40, help="of a run (default 40)")
+    parser.add_argument("--rate", type=float, default=4.0, help="arrivals a second (default 4)")
     parser.add_argument(
         "--concurrency", type=int, default=8, help="most requests that a rank runs at a time (default 8)"
     )

@@ -142,4 +142,6 @@ def measure(
         end = server.log.read_text()[-2000:]
         raise ServeError(f"vllm bench serve failed over {server.side}:\n{ran.stdout[-3000:]}\n{end}")
     found: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    if not found["completed"]:
+        raise ServeError(f"no request was answered over {server.side}:\n{server.log.read_text()[-4000:]}")
     return found

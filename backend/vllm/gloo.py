@@ -67,17 +67,27 @@ class GlooCommunicator(CpuCommunicator):  # type: ignore[misc]
 class GlooPrepareAndFinalize(MoEPrepareAndFinalizeNaiveDPEPModular):  # type: ignore[misc]
     """vLLM's own over all-gather and reduce-scatter; its experts for the CPU get the pairs that are theirs."""
 
-    def allocate_fused_expert_output(self, *_: Any) -> None:
+    def allocate_fused_expert_output(self, *_: Any, **__: Any) -> None:
         """Nothing: pairs have a size of their own."""
 
-    def prepare(self, a1: Any, topk_weights: Any, topk_ids: Any, num_experts: Any, expert_map: Any, *rest: Any) -> Any:
+    def prepare(
+        self,
+        a1: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
         """Gather, and keep the choices of this rank's experts."""
-        x, _, _, ids, weights = super().prepare(a1, topk_weights, topk_ids, num_experts, expert_map, *rest)
+        given = (a1, topk_weights, topk_ids, num_experts, expert_map, *rest)
+        x, _, _, ids, weights = super().prepare(*given, **more)
         self._pairs = pairs = Pairs.of(expert_map[ids.long()].where(ids >= 0, -1), weights)
         self._num_rows = ids.shape[0]
         return x[pairs.rows], None, None, pairs.ids, pairs.ones()
 
-    def finalize(self, output: Tensor, fused_expert_output: Tensor, *_: Any) -> None:
+    def finalize(self, output: Tensor, fused_expert_output: Tensor, *_: Any, **__: Any) -> None:
         """Add up what this rank has of each token, and reduce over ranks."""
         total = self._pairs.add_up(fused_expert_output, self._num_rows)
         get_ep_group().combine_into_output(total, output, is_sequence_parallel=self.is_sequence_parallel)
