@@ -68,7 +68,7 @@ sanitize: dev  ## the C++ core under the address, undefined-behaviour and thread
 vllm: $(EXTENSION) $(VLLM_INSTALLED)  ## an environment with vLLM for the CPU (3.5 GB), and this package in place
 
 test-vllm: vllm  ## the tests against the real vLLM; pytest's options in ARGS="..."
-	$(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/examples $(ARGS)
 
 vllm-versions: vllm $(VLLM_VERSIONS)  ## what other versions of vLLM have to say (600 MB of wheels)
 	$(VLLM_BIN)/python -m tests.vllm.versions test build/vllm-versions $(ARGS)

@@ -37,9 +37,23 @@ VLLM_FORMAT = Variable(
     "standard on the CPU, batched elsewhere",
     "how vLLM's experts get their tokens: packed by expert, or as they arrived; read when vLLM builds a layer",
 )
+VLLM_TRACE = Variable(
+    "MOEBIUS_VLLM_TRACE",
+    "a file",
+    "nothing is recorded",
+    "where each rank records its tokens' experts, its number added to the name; read when vLLM builds a layer",
+)
+VLLM_GLOO = Variable(
+    "MOEBIUS_VLLM_GLOO",
+    ("1",),
+    "vLLM as it is",
+    "make vLLM's allgather_reducescatter work on the CPU, over gloo, to compare with; read when vLLM loads plugins",
+)
 VARIABLES = (
     SIMD,
     VLLM_FORMAT,
+    VLLM_TRACE,
+    VLLM_GLOO,
     Variable(
         "MOEBIUS_SKIP_CUDA_BUILD",
         ("1",),
@@ -74,3 +88,17 @@ def vllm_format() -> str | None:
         ConfigError: it is no format that exists.
     """
     return _choice(VLLM_FORMAT)
+
+
+def vllm_trace() -> str | None:
+    """The file to record routing in, or None."""
+    return os.environ.get(VLLM_TRACE.name) or None
+
+
+def vllm_gloo() -> bool:
+    """Whether vLLM is to be given the baseline over gloo.
+
+    Raises:
+        ConfigError: the variable holds something else than 1.
+    """
+    return _choice(VLLM_GLOO) is not None

@@ -14,6 +14,7 @@ from moebius.errors import ConfigError, MoebiusError
 
 from .console import out
 from .ranks import num_cores
+from .serve_bench import add_flags
 from .workload import BENCH_PAYLOADS, ROUTINGS, Workload
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="kill everything when one configuration takes longer"
     )
+
+    add_flags(commands.add_parser("serve-bench", help="a model served by vLLM, over moebius and gloo in turn"))
 
     plan = commands.add_parser("plan", help="bytes of every region, EP size by EP size, beside DeepEP V1")
     _shape_flags(plan, many=False, experts=256, hidden=7168, tokens=128, payload="fp8_e4m3", any_ranks=True)
@@ -141,6 +144,15 @@ def _bench(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _serve_bench(flags: argparse.Namespace) -> int:
+    from .serve_bench import ServeOptions, print_result, run
+
+    result = run(ServeOptions.from_flags(flags))
+    print_result(result)
+    _write_json(flags.json, result)
+    return 0
+
+
 def _plan(flags: argparse.Namespace) -> int:
     from .machine import provenance
     from .plan import plan_report, print_plan
@@ -186,7 +198,9 @@ def _write_json(path: pathlib.Path | None, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    command = {"demo": _demo, "bench": _bench, "plan": _plan, "doctor": _doctor}[flags.command]
+    command = {"demo": _demo, "bench": _bench, "serve-bench": _serve_bench, "plan": _plan, "doctor": _doctor}[
+        flags.command
+    ]
     try:
         return command(flags)
     except MoebiusError as error:

@@ -5,6 +5,7 @@ in each of its processes. It makes the name known and changes nothing else; what
 configuration with that name is seen. What is changed, and why: docs/vllm.md.
 
 Imports go down: `communicator`, `batched`, `standard`, `local`, `cpu_experts` -> `patches` -> `choice` -> `points`.
+Beside them: `trace`, which records routing, and `gloo`, a baseline that is there to be compared with.
 """
 
 from .choice import NAME, register

@@ -13,6 +13,8 @@ import logging
 import sys
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from moebius import env
+
 NAME = "moebius"
 FIELD = "all2all_backend"
 _log = logging.getLogger("moebius")
@@ -26,6 +28,10 @@ def register() -> None:
     """
     try:
         _add_name()
+        if env.vllm_gloo():
+            from . import gloo
+
+            gloo.install()
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         _log.debug("cannot add %s to vLLM's --all2all-backend: %r", NAME, error)
 

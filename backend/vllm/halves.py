@@ -11,6 +11,8 @@ from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_h
 
 from moebius.errors import ConfigError
 
+from . import trace
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -46,6 +48,7 @@ class Halves(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignore[misc]
         self._num_ranks = num_ranks
         self._sends_fp8 = sends_fp8
         self._pending: list[PendingDispatch | None] = [None] * MAX_MICRO_BATCHES
+        self._recorder: trace.Recorder | None = None
         self.exchange: AllToAll
 
     def post_init_setup(self, fused_experts: Any) -> None:
@@ -54,6 +57,8 @@ class Halves(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignore[misc]
             self._sends_fp8 = False
         scale_format = "ue8m0" if self._sends_fp8 and fused_experts.supports_packed_ue8m0_act_scales() else "fp32"
         self.exchange = self._make_exchange(is_fp8=self._sends_fp8, scale_format=scale_format)
+        config = self.exchange.config
+        self._recorder = trace.recorder(config.num_experts, config.num_topk, self.exchange.rank)
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         """Any of int32 and int64."""
@@ -86,6 +91,8 @@ class Halves(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignore[misc]
         expected = self.exchange.config.num_experts
         if num_experts != expected:
             raise ConfigError(f"the exchange was made for {expected} experts (got {num_experts})")
+        if self._recorder is not None:
+            self._recorder.add(self, topk_ids)
         if apply_router_weight_on_input:
             a1, topk_weights = weighted_input(a1, topk_weights)
         sent = self.exchange.dispatch_send(a1, topk_ids, topk_weights.to(torch.float32))

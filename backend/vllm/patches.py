@@ -76,10 +76,10 @@ def install_in_layers() -> None:
     _widen(FusedMoEParallelConfig, "use_batched_activation_format", _takes_batched)
     original = all2all_utils.maybe_make_prepare_finalize
     _installed["make_prepare_finalize"] = original
-    _rebind("maybe_make_prepare_finalize", original, _making_ours(original))
+    rebind("maybe_make_prepare_finalize", original, _making_ours(original))
     if current_platform.is_cpu():
         experts = unquantized.backend_to_kernel_cls
-        _rebind("backend_to_kernel_cls", experts, _with_batched_experts(experts))
+        rebind("backend_to_kernel_cls", experts, _with_batched_experts(experts))
         MoERunner._select_forward = _as_operator(MoERunner._select_forward)
 
 
@@ -114,7 +114,7 @@ def _widen(owner: type, name: str, is_ours: Callable[[Any], bool]) -> None:
     setattr(owner, name, property(functools.wraps(before)(lambda self: bool(before(self)) or is_ours(self))))
 
 
-def _rebind(name: str, before: Any, after: Any) -> None:
+def rebind(name: str, before: Any, after: Any) -> None:
     """Replace a function in every module of vLLM that holds it, for they import it by name."""
     for module_name, module in list(sys.modules.items()):
         # vars: an attribute access would set off the lazy imports that some modules have.

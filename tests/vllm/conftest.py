@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm import models, runs
+from serving_examples import tiny_model
+from tests.vllm import runs
 from tests.vllm.cases import BATCHES, on_one_rank
 
 
@@ -17,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            models.make_model(kind, made[kind])
+            tiny_model.make_model(kind, made[kind])
         return made[kind]
 
     return make

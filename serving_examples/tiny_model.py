@@ -1,8 +1,13 @@
-"""Tiny mixture-of-experts models with random weights, made on the spot; nothing is downloaded."""
+"""python serving_examples/tiny_model.py FOLDER.
+
+Writes a tiny mixture-of-experts model with random weights, for the other examples and the tests: nothing is downloaded.
+A second argument is its kind: qwen3_moe (default), qwen2_moe (with shared experts) or mixtral.
+"""
 
 from pathlib import Path
 from typing import Any
 
+KINDS = ("qwen3_moe", "qwen2_moe", "mixtral")
 VOCABULARY = 512  # 256 bytes, three special tokens, room
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
@@ -71,4 +76,7 @@ def make_model(kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     import sys
 
-    make_model(sys.argv[1], Path(sys.argv[2]))
+    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and sys.argv[2] not in KINDS):
+        raise SystemExit(f"usage: {sys.argv[0]} FOLDER [{'|'.join(KINDS)}]")
+    make_model(sys.argv[2] if len(sys.argv) == 3 else KINDS[0], Path(sys.argv[1]))
+    print(f"a model of kind {sys.argv[2] if len(sys.argv) == 3 else KINDS[0]} in {sys.argv[1]}")
