@@ -1,4 +1,4 @@
-"""`python -m moebius`: demo, bench, plan, doctor."""
+"""`python -m moebius`: demo, bench, load, plan, doctor."""
 
 from __future__ import annotations
 
