@@ -111,21 +111,22 @@ class _Ticks:
         self._last = self._word.value  # stale, and older than any to come
 
     def wait(self, not_before_ns: int = 0) -> int:
-        """Meet the others, and return the one time that rank 0 read after it, `not_before_ns` or later."""
+        """Meet the others, and return the one time that rank 0 read after it, `not_before_ns` or later.
+
+        Args:
+            not_before_ns: the same on all ranks, which sleep until shortly before.
+        """
+        left = not_before_ns - now()
+        if left > _NAP_NS:
+            time.sleep((left - _NAP_NS) / 1e9)
         self._context.start_line.wait()
         if self._context.rank == 0:
-            left = not_before_ns - now()
-            if left > _NAP_NS:
-                time.sleep((left - _NAP_NS) / 1e9)
             while (tick := now()) < not_before_ns:
                 os.sched_yield()
             self._word.value = tick
             return tick
-        spins = 0
         while (tick := self._word.value) == self._last:
-            spins += 1
-            if spins % 100 == 0 or self._context.num_ranks > (os.cpu_count() or 1):
-                os.sched_yield()
+            os.sched_yield()
         self._last = tick
         return tick
 

@@ -109,11 +109,12 @@ def _slo_curves(result: dict[str, Any]) -> str:
 
 def _rounds(result: dict[str, Any]) -> str:
     steady = {name: side["steady"] for name, side in result["sides"].items()}
-    curves = [
-        Curve(name, _SIDE_STYLES[name], one["round"]["curve_us"])
-        for name, one in steady.items()
-        if one["round"]["samples"]
-    ]
+    plots = []
+    for op in ("round", "step"):
+        taken = [(name, one[op]["curve_us"]) for name, one in steady.items() if one[op]["samples"]]
+        curves = [Curve(name, _SIDE_STYLES[name], curve) for name, curve in taken]
+        plot = distribution(f"Distribution of a {op}", curves, None) if curves else ""
+        plots.append(f"<div><h3>Share of {op}s that took at most so long</h3>{plot}</div>")
     rows = []
     for name, one in steady.items():
         for op, title in (("round", "round"), ("step", "step"), ("skew", "rank skew"), ("queue", "queueing")):
@@ -121,15 +122,16 @@ def _rounds(result: dict[str, Any]) -> str:
             rows.append(f"<tr><td>{name}, {title}</td>{cells}<td>{one[op]['samples']}</td></tr>")
     head = "".join(f"<th>{name}</th>" for name in ("", "p50", "p90", "p99", "p99.9", "max", "samples"))
     rates = ", ".join(f"{name} {_rate(one['rate'])}" for name, one in steady.items())
-    plot = distribution("Distribution of a round", curves, None) if curves else ""
+    without = [name for name, side in result["sides"].items() if not side["knee_per_s"]]
+    note = f" No rate held the SLO for {' and '.join(without)}: 70 % of the lowest rate instead." if without else ""
     return section(
         "At 70 % of each side's knee",
         f"In microseconds, at {rates}. A round is dispatch and combine of one layer, from the last rank's call to the "
         "last return; rank skew is from the first rank's call of dispatch to the last's; queueing is from the "
-        "scheduled arrival to the request's first step. p99.9 needs 1000 samples.",
+        "scheduled arrival to the request's first step. p99.9 needs 1000 samples." + note,
         legend([(_SIDE_STYLES[side], side) for side in steady]),
-        f'<div class="plots"><div><h3>Share of rounds that took at most so long</h3>{plot}</div>'
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></div>',
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>',
+        f'<div class="plots">{"".join(plots)}</div>',
     )
 
 
@@ -164,17 +166,21 @@ def _table(result: dict[str, Any]) -> str:
             cells += [f"{point['mean_batch']:.1f}", f"{point['throughput_share']:.0%}", f"{point['goodput_per_s']:.0f}"]
             cells += ["-" if share is None else f"{share:.0%}", str(point["unfinished"])]
             rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    titles = ("requests/s", "side", "TTFT p50 ms", "p99", "TPOT p50 ms", "p99", "queue p50 ms", "p99", "round p50 µs",
-              "p99", "batch", "served", "goodput/s", "in SLO", "cut off")  # fmt: skip
     return section(
         "Every rate",
         "Batch is the mean number of requests in a step, over all ranks; served is tokens made over tokens offered; "
         "goodput counts the requests that met both limits.",
-        '<div class="scroll"><table><thead><tr>' + "".join(f"<th>{title}</th>" for title in titles)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
+        '<div class="scroll"><table><thead>' + _HEAD
+        + f"</thead><tbody>{''.join(rows)}</tbody></table></div>",
     )  # fmt: skip
 
 
+_HEAD = (
+    '<tr><th></th><th></th><th colspan="2">TTFT, ms</th><th colspan="2">TPOT, ms</th><th colspan="2">queueing, ms</th>'
+    '<th colspan="2">round, µs</th><th colspan="5"></th></tr><tr><th>offered/s</th><th></th>'
+    + 4 * "<th>p50</th><th>p99</th>"
+    + "<th>batch</th><th>served</th><th>goodput/s</th><th>in SLO</th><th>cut off</th></tr>"
+)
 _COLUMNS = (("ttft", "p50_us"), ("ttft", "p99_us"), ("tpot", "p50_us"), ("tpot", "p99_us"), ("queue", "p50_us"),
             ("queue", "p99_us"))  # fmt: skip
 

@@ -168,7 +168,7 @@ class Samples:
             "parts_us": {
                 name: round(statistics.fmean(spent), 2) if spent else 0.0 for name, spent in self.parts.items()
             },
-            **{name: _json(one, with_curve and name == "round") for name, one in stats.items()},
+            **{name: _json(one, with_curve and name in ("round", "step")) for name, one in stats.items()},
         }
 
 

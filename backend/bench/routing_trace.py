@@ -64,7 +64,7 @@ def _read(path: str) -> RoutingTrace:
         content: Any = _read_npz(path) if path.endswith(".npz") else torch.load(path, weights_only=True)
     except OSError as error:
         raise ConfigError(f"cannot read the routing trace {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is no routing trace: {error}") from None
     if isinstance(content, Tensor):
         content = {"layers": {"0": content}}
