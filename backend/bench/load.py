@@ -36,7 +36,7 @@ METHOD = (
     "scheduled arrival, whenever it was taken in, and one that was cut off counts with the time it had waited: so no "
     "slow step can hide the requests behind it (coordinated omission). Requests go to the ranks in turn; all ranks "
     "step together, with 0 tokens where nothing runs, and agree on the time of a step through shared memory, alike for "
-    "every side. Both sides get the same arrivals, each leg in an empty system, in turn; the first tenth of a leg is "
+    "every side. Both sides get the same arrivals, each leg in an empty system, in turn; the first fifth of a leg is "
     "not counted. A round counts from the last rank's call to the last return, of dispatch and of combine; what "
     "earlier ranks wait before is named apart. Before, every layer was checked against the layer in one process."
 )

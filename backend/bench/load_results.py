@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .load_rank import Leg, LegRecord
 
-WARMUP_SHARE = 0.1  # of a leg: from empty to its usual load
+WARMUP_SHARE = 0.2  # of a leg, from empty to its usual load: longer than requests take, or tokens seem unserved
 MIN_THROUGHPUT = 0.95  # of what is offered; less, and the queue grows
 PARTS = ("queueing", "communication", "wait for ranks", "compute", "scheduling")
 _WIDTH = len(LAYER_MARKS)

@@ -58,6 +58,8 @@ def _rect(x: float, y: float, width: float, height: float, style: str, tip: str)
 
 def short_us(value: float) -> str:
     """Microseconds or milliseconds, three digits that matter."""
+    if value >= 999_500.0:
+        return f"{value / 1e6:.3g} s"
     if value >= 9999.5:
         return f"{value / 1000:.3g} ms"
     return f"{value:.0f} µs" if value >= 100 else f"{value:.3g} µs"
@@ -209,7 +211,7 @@ def chart(label: str, series: Sequence[Series], x_label: str, limit_us: float, l
         body.append(_text(at_x(tick), height - bottom + 18, f"{tick:g}", "tick", "middle"))
     body.append(_text((left + width - right) / 2, height - 8, x_label, "tick", "middle"))
     body.append(_line(left, at_y(limit_us), width - right, at_y(limit_us), "bound"))
-    body.append(_text(left + 6, at_y(limit_us) - 6, limit_label, "bound-label"))
+    body.append(_text(width - right, at_y(limit_us) + 14, limit_label, "bound-label", "end"))
     for one in series:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in one.points)
         body.append(f'<polyline points="{path}" class="curve {one.style}"/>')

@@ -13,11 +13,11 @@ SLO = Slo(ttft_ms=5.0, tpot_ms=2.0)
 
 
 def record(rank: int, num_steps: int, first: list[int], last: list[int], step_us: int = 1000) -> LegRecord:
-    """Steps of one layer from 100 ms on, back to back; rank 1 calls dispatch 30 us later, and is as quick."""
+    """Steps of one layer from 200 ms on, back to back; rank 1 calls dispatch 30 us later, and is as quick."""
     rows: list[tuple[int, ...]] = []
     ticks = []
     for step in range(num_steps):
-        tick = (100_000 + step * step_us) * US
+        tick = (200_000 + step * step_us) * US
         dispatch = tick + (100 + 30 * rank) * US
         combine = tick + 500 * US
         end = tick + 900 * US
@@ -34,8 +34,8 @@ def measure(requests: list[Request], num_steps: int, first: list[int], last: lis
 
 
 def test_latency_counts_from_the_scheduled_arrival() -> None:
-    # Scheduled at 100 ms, begun in the step of 104 ms, 3 tokens.
-    samples = measure([Request(0.1, 0, 3)], 8, [4], [6])
+    # Scheduled at 200 ms, begun in the step of 204 ms, 3 tokens.
+    samples = measure([Request(0.2, 0, 3)], 8, [4], [6])
     assert samples.queue == [4000.0]
     assert samples.ttft == [4900.0]
     assert samples.tpot == [1000.0]
@@ -49,7 +49,7 @@ def test_latency_counts_from_the_scheduled_arrival() -> None:
 
 
 def test_a_round_begins_with_the_last_rank() -> None:
-    samples = measure([Request(0.1, 0, 1)], 3, [0], [0])
+    samples = measure([Request(0.2, 0, 1)], 3, [0], [0])
     assert samples.round == [120.0] * 3
     assert samples.skew == [30.0] * 3
     assert samples.step == [900.0] * 3
@@ -57,7 +57,7 @@ def test_a_round_begins_with_the_last_rank() -> None:
 
 
 def test_who_was_cut_off_counts_with_what_it_waited() -> None:
-    samples = measure([Request(0.25, 0, 4), Request(0.25, 0, 1), Request(0.1, 0, 50)], 8, [-1, 0, 0], [-1, 0, -1])
+    samples = measure([Request(0.25, 0, 4), Request(0.25, 0, 1), Request(0.2, 0, 50)], 8, [-1, 0, 0], [-1, 0, -1])
     assert max(samples.ttft) == 1e6  # 1.25 of the second it ran, less 0.25
     assert samples.unfinished == 2
     content = samples.to_json()
@@ -66,10 +66,10 @@ def test_who_was_cut_off_counts_with_what_it_waited() -> None:
     assert content["good_share"] <= 0.3334
 
 
-def test_the_first_tenth_is_not_counted() -> None:
-    samples = measure([Request(0.05, 0, 1), Request(0.1, 0, 1)], 2, [0, 0], [0, 0])
+def test_the_first_fifth_is_not_counted() -> None:
+    samples = measure([Request(0.19, 0, 1), Request(0.2, 0, 1)], 2, [0, 0], [0, 0])
     assert len(samples.ttft) == 1
-    assert samples.seconds == pytest.approx(0.9)
+    assert samples.seconds == pytest.approx(0.8)
 
 
 def test_nothing_measured_is_said_without_nan() -> None:
