@@ -87,7 +87,7 @@ class LoadOptions:
                 raise ConfigError(f"`--{name.replace('_', '-')}` must be above 0 (got {flags[name]})")
         if (flags["arrivals"] == "replay") != (flags["arrival_trace"] is not None):
             raise ConfigError("`--arrivals replay` and `--arrival-trace FILE` go together")
-        tiny = {"experts": 8, "topk": 2, "hidden": 64, "tokens": 4} if flags["tiny"] else {}
+        tiny = {"experts": 8, "topk": 2, "hidden": 128, "tokens": 4} if flags["tiny"] else {}
         trace, recorded = replayed(flags["routing_trace"])
         names = ("experts", "topk", "hidden", "tokens", "max_num_tokens", "payload", "layout", "routing", "seed")
         shape = {name: flags[name] for name in names} | tiny | recorded

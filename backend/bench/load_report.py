@@ -77,7 +77,7 @@ def _cards(result: dict[str, Any]) -> str:
         knee, steady = side["knee_per_s"], side["steady"]
         cards.append(card(_rate(knee) if knee else "none", f"{name}: highest rate within the SLO"))
         ratio = steady["p999_over_p50"]
-        label = f"{name}: p99.9 / p50 of a round at 70 % of its knee"
+        label = f"{name}: p99.9 / p50 of a round at 70 % of {'its knee' if knee else 'the lowest rate'}"
         cards.append(card(f"{ratio:.1f}" if ratio else "-", label + ("" if ratio else " (needs 1000 rounds)")))
     return f'<div class="cards">{"".join(cards)}</div>'
 

@@ -27,7 +27,7 @@ def check_point(point: dict[str, Any]) -> None:
 
 
 def test_both_sides_in_one_run(tmp_path: Path) -> None:
-    text = moebius(tmp_path, "load", *SHAPE, "--rates", "40,100", "--arrivals", "bursty")
+    text = moebius(tmp_path, "load", *SHAPE, "--rates", "40,100", "--arrivals", "bursty", "--payload", "fp8_e4m3")
     content = read(tmp_path / "load.json")
     assert content["kind"] == "load"
     assert "scheduled arrival" in content["method"]
