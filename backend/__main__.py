@@ -1,4 +1,4 @@
-"""`python -m moebius`: demo, bench, serve-bench, plan, doctor."""
+"""`python -m moebius`: demo, bench, load, serve-bench, plan, doctor."""
 
 from __future__ import annotations
 

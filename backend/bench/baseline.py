@@ -33,11 +33,11 @@ def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [T, H] float8_e4m3fn and [T, H/128] fp32, what multiplies back.
     """
-    groups = x.float().view(len(x), -1, SCALE_GROUP)
+    groups = x.float().view(len(x), x.shape[1] // SCALE_GROUP, SCALE_GROUP)
     amax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-4)
     # `448.0 / amax` would be `amax.reciprocal() * 448.0`: rounded twice, and another FP8 value at a tie.
     quantised = (groups * (torch.full_like(amax, FP8_MAX) / amax)).to(torch.float8_e4m3fn)
-    return quantised.flatten(-2), (amax / FP8_MAX).squeeze(-1)
+    return quantised.flatten(-2), (amax / FP8_MAX).flatten().view(groups.shape[:2])
 
 
 def dequantise_fp8(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

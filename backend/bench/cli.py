@@ -13,6 +13,8 @@ from moebius.config import Config, Layout
 from moebius.errors import ConfigError, MoebiusError
 
 from .console import out
+from .load_arrivals import PROCESSES
+from .load_rank import SIDES
 from .ranks import num_cores
 from .serve_bench import add_flags
 from .workload import BENCH_PAYLOADS, ROUTINGS, Workload
@@ -27,6 +29,15 @@ USAGE_ERROR = 2
 
 def _numbers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
+
+
+def _rates(text: str) -> list[float] | str:
+    if text in ("auto", "trace"):
+        return text
+    rates = [float(item) for item in text.split(",")]
+    if not all(0.0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"rates must be above 0 (got {text})")
+    return sorted(rates)
 
 
 def _words(choices: Sequence[str]) -> Any:
@@ -71,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=120.0, metavar="S", help="kill everything when one configuration takes longer"
     )
 
+    bench.add_argument("--routing-trace", type=pathlib.Path, metavar="FILE", help="recorded routings to replay")
+
+    _load_flags(commands.add_parser("load", help="decode under open-loop arrivals, beside gloo: latency, SLO, knee"))
     add_flags(commands.add_parser("serve-bench", help="a model served by vLLM, over moebius and gloo in turn"))
 
     plan = commands.add_parser("plan", help="bytes of every region, EP size by EP size, beside DeepEP V1")
@@ -81,11 +95,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_flags(load: argparse.ArgumentParser) -> None:
+    _shape_flags(load, many=False, experts=16, topk=4, hidden=1024, tokens=32)
+    load.add_argument("--layers", type=int, default=2, help="N, MoE layers of a step (default 2)")
+    load.add_argument("--intermediate", type=int, default=64, help="channels inside an expert (default 64)")
+    load.add_argument("--sides", type=_words(SIDES), default=list(SIDES), help="comma list (default moebius,gloo)")
+    load.add_argument("--arrivals", choices=PROCESSES, default="poisson", help="(default poisson)")
+    load.add_argument("--burstiness", type=float, default=0.25, help="bursty: gamma shape, 1 is Poisson (default 0.25)")
+    load.add_argument("--on-ms", type=float, default=50.0, help="on-off: mean length of an on period (default 50)")
+    load.add_argument("--off-ms", type=float, default=50.0, help="on-off: mean silence after it (default 50)")
+    load.add_argument("--arrival-trace", type=pathlib.Path, metavar="FILE", help="JSON lines: t, prompt, output")
+    load.add_argument(
+        "--routing-trace", type=pathlib.Path, metavar="FILE", help="recorded routings; E and K are theirs"
+    )
+    load.add_argument("--output", type=float, default=16.0, help="mean decode steps of a request (default 16)")
+    load.add_argument("--rates", type=_rates, help="requests a second: auto, trace, or a comma list (default auto)")
+    load.add_argument("--slo-ttft-ms", type=float, default=20.0, help="to the first token (default 20)")
+    load.add_argument("--slo-tpot-ms", type=float, default=5.0, help="each further token (default 5)")
+    load.add_argument("--seconds", type=float, default=1.5, help="of a rate and side; 4 times at the end (default 1.5)")
+    load.add_argument("--tiny", action="store_true", help="one small layer, two rates, a moment: only to see it work")
+    load.add_argument("--report", type=pathlib.Path, default=pathlib.Path("moebius-report/load.html"), metavar="PATH")
+    load.add_argument("--timeout", type=float, default=120.0, metavar="S", help="kill all when a rate takes longer")
+
+
 def _shape_flags(
     parser: argparse.ArgumentParser,
     *,
     many: bool,
     experts: int = 64,
+    topk: int = 8,
     hidden: int = 2048,
     tokens: int = 64,
     payload: str = "bf16",
@@ -96,7 +134,9 @@ def _shape_flags(
     ranks = "all powers of two" if any_ranks else "one per core, at least 2"
     parser.add_argument("--ranks", type=_numbers if any_ranks or many else int, help=f"processes (default: {ranks})")
     parser.add_argument("--experts", type=int, default=experts, help=f"E, over all ranks (default {experts})")
-    parser.add_argument("--topk", type=number, default=[8] if many else 8, help="K, experts a token (default 8)")
+    parser.add_argument(
+        "--topk", type=number, default=[topk] if many else topk, help=f"K, experts a token (default {topk})"
+    )
     parser.add_argument(
         "--hidden", type=number, default=None if many else hidden, help=f"H, channels (default {hidden})"
     )
@@ -153,6 +193,14 @@ def _serve_bench(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _load(flags: argparse.Namespace) -> int:
+    from .load import LoadOptions, run
+
+    result = run(LoadOptions.from_flags(vars(flags)))
+    _write_json(flags.json, result)
+    return 0
+
+
 def _plan(flags: argparse.Namespace) -> int:
     from .machine import provenance
     from .plan import plan_report, print_plan
@@ -198,9 +246,15 @@ def _write_json(path: pathlib.Path | None, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    command = {"demo": _demo, "bench": _bench, "serve-bench": _serve_bench, "plan": _plan, "doctor": _doctor}[
-        flags.command
-    ]
+    commands = {
+        "demo": _demo,
+        "bench": _bench,
+        "load": _load,
+        "serve-bench": _serve_bench,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
+    command = commands[flags.command]
     try:
         return command(flags)
     except MoebiusError as error:

@@ -58,6 +58,8 @@ def _rect(x: float, y: float, width: float, height: float, style: str, tip: str)
 
 def short_us(value: float) -> str:
     """Microseconds or milliseconds, three digits that matter."""
+    if value >= 999_500.0:
+        return f"{value / 1e6:.3g} s"
     if value >= 9999.5:
         return f"{value / 1000:.3g} ms"
     return f"{value:.0f} µs" if value >= 100 else f"{value:.3g} µs"
@@ -172,3 +174,48 @@ def bars(label: str, rows: Sequence[tuple[str, str, Sequence[Span]]]) -> str:
         end = left + (spans[-1].end if spans else 0.0) / highest * (WIDTH - left - right)
         body.append(_text(end + 10, y + lane / 2 + 4, text, "value-plain"))
     return _svg(WIDTH, height, label, body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Points (x, microseconds) of a chart, by ascending x."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+def chart(label: str, series: Sequence[Series], x_label: str, limit_us: float, limit_label: str) -> str:
+    """Microseconds (up) over x (to the right), both logarithmic, and a dashed line at `limit_us`."""
+    width, height, left, right, top, bottom = 480.0, 300.0, 62.0, 16.0, 16.0, 48.0
+    points = [point for one in series for point in one.points]
+    xs, ys = [x for x, _ in points] or [1.0], [y for _, y in points] + [limit_us]
+    x_low, x_high = min(xs) * 0.92, max(xs) * 1.08
+    y_low, y_high = max(min(ys) * 0.7, 1e-3), max(ys) * 1.4
+
+    def at_x(value: float) -> float:
+        return left + math.log(value / x_low) / math.log(x_high / x_low) * (width - left - right)
+
+    def at_y(value: float) -> float:
+        share = math.log(max(value, y_low) / y_low) / math.log(y_high / y_low)
+        return height - bottom - share * (height - top - bottom)
+
+    body = []
+    for tick in log_ticks(y_low, y_high):
+        body.append(_line(left, at_y(tick), width - right, at_y(tick), "grid"))
+        if math.log(y_high / y_low) < math.log(400) or math.log10(tick) % 1.0 in (0.0, 1.0):
+            text = f"{tick / 1e3:g} ms" if tick >= 1e3 else f"{tick:g} µs"
+            body.append(_text(left - 8, at_y(tick) + 4, text, "tick", "end"))
+    for tick in log_ticks(x_low, x_high):
+        body.append(_line(at_x(tick), height - bottom, at_x(tick), height - bottom + 4, "axis"))
+        body.append(_text(at_x(tick), height - bottom + 18, f"{tick:g}", "tick", "middle"))
+    body.append(_text((left + width - right) / 2, height - 8, x_label, "tick", "middle"))
+    body.append(_line(left, at_y(limit_us), width - right, at_y(limit_us), "bound"))
+    body.append(_text(width - right, at_y(limit_us) + 14, limit_label, "bound-label", "end"))
+    for one in series:
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in one.points)
+        body.append(f'<polyline points="{path}" class="curve {one.style}"/>')
+        for x, y in one.points:
+            tip = f"<title>{html.escape(f'{one.name} at {x:g}: {short_us(y)}')}</title>"
+            body.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" class="dot {one.style}">{tip}</circle>')
+    return _svg(width, height, label, body)

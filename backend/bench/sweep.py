@@ -12,6 +12,7 @@ from .bound import bound_stats, inbox_bytes, round_traffic
 from .console import Progress, out, table, us
 from .machine import is_busy, provenance
 from .ranks import RankPool, num_cores
+from .routing_trace import replayed
 from .sweep_rank import ROUTINGS_DRAWN, RoundTimes, run_rounds
 from .timing import Stats, slowest_us, summarise
 from .wire import mean_wire
@@ -63,8 +64,12 @@ class SweepOptions:
             "routing": ["uniform"],
         }
         lists = {name: flags[name] or values for name, values in default.items()} | {"topk": flags["topk"]}
+        trace, recorded = replayed(flags["routing_trace"])
+        if recorded:
+            lists |= {"topk": [recorded["topk"]], "routing": ["uniform"]}
+        fixed = {name: flags[name] for name in ("experts", "max_num_tokens", "seed")} | recorded
         workloads = [
-            Workload(experts=flags["experts"], max_num_tokens=flags["max_num_tokens"], seed=flags["seed"], **shape)
+            Workload(routing_trace=trace, **(fixed | shape))
             for shape in (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
         ]
         for workload in workloads:
@@ -155,7 +160,7 @@ def _row(workload: Workload, op: str, runs: list[dict[str, Any]]) -> dict[str, A
         "topk": workload.topk,
         "dtype": workload.payload,
         "layout": workload.layout,
-        "routing": workload.routing,
+        "routing": "trace" if workload.routing_trace else workload.routing,
         "mode": "eager",
         "p50_us": p50,
         "p99_us": over_runs("moebius", "p99_us"),

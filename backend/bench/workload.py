@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from moebius.config import SCALE_GROUP, Config, Layout, Payload
+from moebius.errors import ConfigError
+
+from .routing_trace import read_routing_trace
 
 Routing = Literal["uniform", "zipf", "hot"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
@@ -33,6 +36,7 @@ class Workload:
         routing: "uniform" (every expert alike), "zipf" (popularity 1/i over a seeded order of the experts) or "hot"
             (one expert is among the choices of every token).
         seed: of everything random.
+        routing_trace: file of recorded routings that take the place of `routing`; its E and K must be these.
     """
 
     ranks: int
@@ -45,6 +49,7 @@ class Workload:
     layout: str = "expert_major"
     routing: str = "uniform"
     seed: int = 0
+    routing_trace: str = ""
 
     def config(self, timeout_s: float = 30.0) -> Config:
         """The `Config` of this shape.
@@ -62,6 +67,13 @@ class Workload:
             timeout_s=timeout_s,
         )
         config.num_local_experts(self.ranks)
+        if self.routing_trace:
+            trace = read_routing_trace(self.routing_trace)
+            if (trace.num_experts, trace.num_topk) != (self.experts, self.topk):
+                raise ConfigError(
+                    f"the routing trace has top-{trace.num_topk} of {trace.num_experts} experts "
+                    f"(got top-{self.topk} of {self.experts})"
+                )
         return config
 
 
@@ -103,10 +115,14 @@ def popularity(routing: str, num_experts: int, seed: int) -> Tensor:
 def route(workload: Workload, rank: int, step: int) -> tuple[Tensor, Tensor]:
     """Draw `topk` distinct experts a token, without replacement, by popularity (Gumbel top-k), and their weights.
 
+    With a routing trace, take tokens from it instead (its first layer).
+
     Returns:
         topk_ids [T, K] int32 and topk_weights [T, K] fp32, each row of which sums to 1.
     """
     random = generator(workload.seed, 2, rank, step)
+    if workload.routing_trace:
+        return read_routing_trace(workload.routing_trace).sample(0, workload.tokens, random)
     uniform = torch.rand(workload.tokens, workload.experts, generator=random, dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1.0 - 1e-16)))
     ids = (popularity(workload.routing, workload.experts, workload.seed) + gumbel).topk(workload.topk).indices
