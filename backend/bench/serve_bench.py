@@ -29,6 +29,7 @@ METRICS = {
     "itl": "time between tokens",
     "e2el": "time of a request",
 }
+BUNCHED_MS = 0.1
 PERCENTILES = (50.0, 90.0, 99.0)
 METHOD = (
     "vllm bench serve, random prompts, Poisson arrivals that wait for nobody; both servers run throughout, the one "
@@ -119,6 +120,12 @@ def samples_ms(run: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
+def bunched(samples: dict[str, list[float]]) -> float:
+    """Share of tokens that the client read together with the one before: then it is the client that is measured."""
+    gaps = samples["itl"]
+    return round(sum(gap < BUNCHED_MS for gap in gaps) / max(len(gaps), 1), 3)
+
+
 def percentiles_ms(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """By metric and percentile."""
     return {
@@ -132,7 +139,7 @@ def compare(runs: list[dict[str, Any]], metric: str = "tpot") -> dict[str, Any]:
     pairs: dict[int, dict[str, float]] = {}
     for run in runs:
         pairs.setdefault(run["pair"], {})[run["side"]] = run["percentiles_ms"][metric]["p50"]
-    ratios = [pair["gloo"] / pair["moebius"] for pair in pairs.values()]
+    ratios = [pair["gloo"] / max(pair["moebius"], 1e-3) for pair in pairs.values()]
     return {
         "metric": metric,
         "pairs": [{**pair, "ratio": round(ratio, 4)} for pair, ratio in zip(pairs.values(), ratios, strict=True)],
@@ -182,6 +189,7 @@ def run(options: ServeOptions) -> dict[str, Any]:
                         "pair": pair,
                         "side": side,
                         "load_1min": round(load, 2),
+                        "bunched": bunched(samples),
                         "completed": found["completed"],
                         "failed": sum(map(bool, found["errors"])),
                         "output_tokens_s": round(found["output_throughput"], 1),
@@ -189,7 +197,7 @@ def run(options: ServeOptions) -> dict[str, Any]:
                     }
                 )
                 line = "  ".join(f"{metric} {numbers[metric]['p50']:8.2f}" for metric in METRICS)
-                out(f"pair {pair + 1} {side:8} median ms: {line}   load {load:.2f}")
+                out(f"pair {pair + 1} {side:8} median ms: {line}   load {load:.2f}, {bunched(samples):.0%} bunched")
     settings = {**dataclasses.asdict(options), "report": str(options.report)}
     result = {
         "kind": "serve-bench",
@@ -214,5 +222,10 @@ def print_result(result: dict[str, Any]) -> None:
         out(
             f"median {metric}, gloo's over ours, by pair: {ratios}; in the median pair {found['median_ratio']:.3f}; "
             f"ours not worse in {found['pairs_not_worse']} of {len(found['pairs'])}"
+        )
+    late = max(run["bunched"] for run in result["runs"])
+    if late > 0.1:
+        out(
+            f"the client read up to {late:.0%} of a run's tokens late: measure on an idle machine, or at a lower --rate"
         )
     out(f"report: {result['settings']['report']}")

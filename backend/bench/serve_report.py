@@ -39,9 +39,16 @@ def build(result: dict[str, Any]) -> str:
 
 def _busy(result: dict[str, Any]) -> str:
     machine = result["machine"]
+    late = max(run["bunched"] for run in result["runs"])
+    told = ""
+    if late > 0.1:
+        told = (
+            f'<p class="busy">The client read up to {late:.0%} of the tokens of a run together with the ones before: '
+            "it did not get the time to read them as they came, and times per token are not the server's.</p>"
+        )
     if not is_busy(machine):
-        return ""
-    return (
+        return told
+    return told + (
         f'<p class="busy">The machine had other work before this run began (load {machine["load_1min"]} on '
         f"{machine['cores']} cores). It disturbs every figure here: measure on an idle one.</p>"
     )

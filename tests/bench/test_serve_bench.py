@@ -25,6 +25,7 @@ def test_samples_are_of_requests_that_succeeded() -> None:
     assert found["itl"] == pytest.approx([2, 4, 6])
     assert found["tpot"] == pytest.approx([3, 6])
     assert found["e2el"] == pytest.approx([16, 36])
+    assert serve_bench.bunched(found) == 0
     assert serve_bench.percentiles_ms(found)["itl"] == pytest.approx({"p50": 4, "p90": 6, "p99": 6})
 
 
@@ -34,6 +35,7 @@ def runs(gloo_ms: list[float], ours_ms: list[float]) -> list[dict[str, Any]]:
             "pair": pair,
             "side": side,
             "load_1min": 0.1,
+            "bunched": 0.25,
             "completed": 3,
             "failed": 0,
             "output_tokens_s": 100.0,
@@ -66,6 +68,7 @@ def test_the_report_is_one_file_that_says_the_figures(tmp_path: Path) -> None:
     write_report(path, result)
     text = path.read_text()
     assert "1.20 times faster than over gloo" in text
+    assert "read up to 25% of the tokens" in text
     assert text.count("<tr><td>") == 4 + 6
     assert not re.search(r'(src|href)="', text)
 
