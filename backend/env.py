@@ -102,3 +102,8 @@ def vllm_gloo() -> bool:
         ConfigError: the variable holds something else than 1.
     """
     return _choice(VLLM_GLOO) is not None
+
+
+def for_child(defaults: dict[str, str]) -> dict[str, str]:
+    """The environment of a process to start: this one's, over `defaults`."""
+    return {**defaults, **os.environ}

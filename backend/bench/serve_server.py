@@ -14,6 +14,7 @@ import time
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+from moebius import env
 from moebius.errors import MoebiusError
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ class ServeError(MoebiusError):
 def settings(ranks: int) -> dict[str, str]:
     """What vLLM needs for ranks that share a machine without a GPU; the caller's own environment wins."""
     cores = sorted(os.sched_getaffinity(0))
-    return {
+    defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        **os.environ,
     }
+    return env.for_child(defaults)
 
 
 def _program() -> list[str]:
