@@ -41,7 +41,6 @@ def core() -> Pybind11Extension:
         cxx_std=17,
         extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread"],
-        libraries=["rt"],  # shm_open, before glibc 2.34
     )
 
 

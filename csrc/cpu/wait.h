@@ -17,9 +17,8 @@ inline int64_t now_ns() {
   return int64_t{t.tv_sec} * 1000000000 + t.tv_nsec;
 }
 
-// How long to poll before giving the core away. Measured on two cores (docs/benchmarks): polling
-// wins only while every rank has a core; a rank that polls on another's core makes both wait for
-// the scheduler.
+// How long to poll before giving the core away. Polling wins only while every rank has a core; a
+// rank that polls on another's core makes both wait for the scheduler.
 struct WaitPolicy {
   int64_t spin_ns;   // poll with `pause`
   int64_t yield_ns;  // then poll with sched_yield; then sleep on a futex
