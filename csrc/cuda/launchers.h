@@ -1,0 +1,16 @@
+// The four halves as the host calls them: each enqueues one kernel. Implemented beside the kernels,
+// over csrc/cuda/runtime.h.
+#pragma once
+
+#include "cuda/params.h"
+#include "cuda/runtime.h"
+
+namespace moebius::cuda {
+
+// `num_sms`: most blocks of a kernel (DESIGN.md, I6).
+void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Stream stream);
+void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Stream stream);
+void launch_combine_send(const CombineSendParams& params, int num_sms, Stream stream);
+void launch_combine_recv(const CombineRecvParams& params, int num_sms, Stream stream);
+
+}  // namespace moebius::cuda

@@ -1,0 +1,36 @@
+// What the host side needs of a device, implemented for CUDA (csrc/cuda/runtime.cu) and for the
+// host executor (csrc/simt/runtime.cpp). Everything throws DeviceError.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace moebius::cuda {
+
+using Stream = void*;  // cudaStream_t, or simt::Stream*
+
+struct DeviceError : std::runtime_error {
+  DeviceError(const std::string& call, int code, const std::string& text)
+      : std::runtime_error(call + ": " + text), call(call), code(code) {}
+  std::string call;
+  int code;
+};
+
+struct LaunchShape {
+  int num_blocks;
+  int num_threads;
+  size_t shared_bytes;
+};
+
+void* allocate(size_t num_bytes);  // device memory, zeroed
+void release(void* p) noexcept;
+void* allocate_pinned(size_t num_bytes);  // host memory that kernels can write to, zeroed
+void release_pinned(void* p) noexcept;
+void copy(void* to, const void* from, size_t num_bytes);  // any direction; synchronises
+int num_multiprocessors();
+size_t max_shared_bytes();  // of one block
+
+}  // namespace moebius::cuda
