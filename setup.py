@@ -11,6 +11,7 @@ from typing import Any
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "moebius"
@@ -99,7 +100,7 @@ def compile_with_nvcc(compiler: Any) -> None:
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"moebius: nvcc failed on {src} ({error})") from error
+            raise CompileError(f"nvcc failed on {src} ({error})") from error  # SystemExit would hang the pool of threads
 
     compiler._compile = _compile
 
