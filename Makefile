@@ -18,7 +18,7 @@ VLLM_DEPENDENCIES := $(VLLM_VENV)/.stamp-dependencies
 VLLM_INSTALLED := $(VLLM_VENV)/.stamp-installed
 VLLM_VERSIONS := build/vllm-versions/.stamp-unpacked
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
-FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
+FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -9,7 +9,7 @@
 #include "cuda/engine.h"
 
 #if defined(MOEBIUS_SIMT)
-#include "simt/bindings.h"
+#include "bindings/simt.h"
 #endif
 
 namespace py = pybind11;
