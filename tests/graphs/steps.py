@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moebius import AllToAll, Dispatched
     from moebius.graphs import Batch
 
-EXPERTS, TOPK, HIDDEN, MOST = 8, 3, 64, 16
+EXPERTS, TOPK, HIDDEN, MOST = 12, 3, 64, 16
 LAYERS = 3  # odd: a step ends in the other slot than it began in
 PADDING = (0.0, -1, 0.0)  # of x, topk_ids, topk_weights
 
