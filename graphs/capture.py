@@ -13,32 +13,6 @@ from moebius.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from moebius import AllToAll
-
-
-def device_of(a2a: AllToAll) -> torch.device:
-    """Where an object's tensors live, index included. The CPU engine alone has nothing to say about it."""
-    device = torch.device(getattr(a2a, "device", "cpu"))
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def raise_fault(a2a: AllToAll, *, wait: bool = False) -> None:
-    """Raise what a kernel recorded in a round that nobody has asked about yet; an engine that waits has raised it.
-
-    Args:
-        a2a: the object.
-        wait: for the work that its device has been given, first.
-
-    Raises:
-        PeerTimeoutError: a rank did not deliver within the deadline.
-        RoutingError: a value in the `topk_ids` of an earlier batch was no expert.
-    """
-    ask = getattr(a2a, "synchronize" if wait else "check", None)
-    if ask is not None:
-        ask()
-
 
 class Recorder:
     """Captures functions as CUDA graphs of one device that share a memory pool.

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebius.errors import ConfigError, StateError
 
 from .buckets import Buckets
-from .capture import Recorder, device_of, raise_fault
+from .capture import Recorder
 from .static import Result, StaticInputs, StaticOutputs
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ class GraphedStep(Generic[Result]):
         self._a2as: tuple[AllToAll, ...] = tuple(a2a) if isinstance(a2a, Sequence) else (a2a,)
         if not self._a2as:
             raise ConfigError("`a2a` must name every AllToAll that the step calls (got none)")
-        self.device = device_of(self._a2as[0])
-        if any(device_of(other) != self.device for other in self._a2as):
-            raise ConfigError(f"`a2a` must be on one device (got {', '.join(str(device_of(a)) for a in self._a2as)})")
+        self.device = self._a2as[0].device
+        if any(other.device != self.device for other in self._a2as):
+            raise ConfigError(f"`a2a` must be on one device (got {', '.join(str(each.device) for each in self._a2as)})")
         if not isinstance(num_warm_ups, int) or num_warm_ups < 1:
             raise ConfigError(f"`num_warm_ups` must be an int of at least 1 (got {num_warm_ups!r})")
         most = min(each.config.max_num_tokens for each in self._a2as)
@@ -158,7 +158,7 @@ class GraphedStep(Generic[Result]):
             self.warm_up()
         if self._recorder is not None:
             for a2a in self._a2as:
-                raise_fault(a2a, wait=True)
+                a2a.synchronize()
             runs = [(bucket, self._run_of(bucket)) for bucket in reversed(self.buckets.sizes)]
             self._graphs = self._recorder.capture(runs)
         self._is_captured = True
@@ -255,4 +255,4 @@ class GraphedStep(Generic[Result]):
                 raise StateError(
                     "an AllToAll that this step was captured with is closed: close the step, and capture anew"
                 )
-            raise_fault(a2a)
+            a2a.check()

@@ -11,7 +11,7 @@ from torch import Tensor
 import moebius
 from moebius import AllToAll, StateError
 from moebius.graphs import GraphedStep
-from moebius.graphs.capture import Recorder, device_of, raise_fault
+from moebius.graphs.capture import Recorder
 from tests.graphs.fake_cuda import FakeCuda, Stream
 from tests.graphs.steps import config
 
@@ -180,25 +180,13 @@ def test_after_a_failed_capture_it_is_captured_without_another_warm_up(
     assert graph.captured
 
 
-class Asked:
-    """An object of an engine that does not wait."""
-
-    device = "cuda"
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def check(self) -> None:
-        self.calls.append("check")
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-
-def test_an_engine_that_does_not_wait_is_asked_for_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: Any = Asked()
-    raise_fault(asked)
-    raise_fault(asked, wait=True)
-    assert asked.calls == ["check", "synchronize"]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert device_of(asked) == torch.device("cuda", 3)
+def test_an_engine_that_does_not_wait_is_asked_for_faults(
+    cuda: FakeCuda, graph: GraphedStep[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(AllToAll, "check", lambda self: asked.append("check"))
+    monkeypatch.setattr(AllToAll, "synchronize", lambda self: asked.append("synchronize"))
+    graph.capture()
+    assert asked == ["check", "check", "synchronize"]
+    graph(torch.ones(1, 2))
+    assert asked[3:] == ["check"]
