@@ -16,7 +16,7 @@ from moebius import Config, reference
 from moebius.graphs import interleave, moe_layer, split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from moebius import AllToAll, Dispatched
     from moebius.graphs import Batch
@@ -65,7 +65,8 @@ def shifted(topk_ids: Tensor, layer: int) -> Tensor:
 def expert_out(rank: int, x: Tensor) -> Tensor:
     """[L, R*M, H]: what the experts of a rank make of each row."""
     first = rank * x.shape[0]
-    factor = torch.arange(first + 1, first + 1 + x.shape[0], device=x.device)[:, None, None] / EXPERTS
+    # Factors are exact: a device may divide by multiplying with a reciprocal.
+    factor = torch.arange(first + 1, first + 1 + x.shape[0], device=x.device)[:, None, None] * 0.125
     return (x.float() * factor).to(x.dtype) + x.abs() / 4
 
 
@@ -123,11 +124,11 @@ class InterleavedStep(Step):
         a2a: AllToAll,
         num_layers: int = LAYERS,
         num_parts: int = 2,
-        make_stream: Callable[[], torch.cuda.Stream] | None = None,
+        comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
         super().__init__(a2a, num_layers)
         self.num_parts = num_parts
-        self.comm_stream = make_stream() if make_stream is not None else None
+        self.comm_stream = comm_stream
 
     def __call__(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, num_valid_tokens: Tensor | None = None
