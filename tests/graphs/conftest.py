@@ -12,7 +12,7 @@ from moebius import NativeNotBuiltError, native
 
 FOLDER = Path(__file__).parent
 
-# Before CUDA starts: streams that share a hardware queue run one after the other, and virtual ranks wait for each other.
+# Before CUDA starts: streams that share a hardware queue run in turn, and virtual ranks wait for one another.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

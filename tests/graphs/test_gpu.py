@@ -59,7 +59,7 @@ def test_an_odd_number_of_calls_replayed_between_eager_ones() -> None:
     with VirtualRanks(2) as ranks:
         batches = batches_for(ranks, 1, LAYERS)
         graphs = ranks.graphed(lambda rank: ranks.step(rank, LAYERS))
-        eager = {count: [ranks.step(rank, count) for rank in range(2)] for count in (1, LAYERS)}
+        eager = {count: [ranks.step(rank, count) for rank in range(len(ranks.a2as))] for count in (1, LAYERS)}
         order = random.Random(1)
         for batch in batches:
             ranks.run(eager[LAYERS], batch.ranks, batch.want[LAYERS])
@@ -121,7 +121,7 @@ def test_micro_batches(num_streams: int) -> None:
 class Together:
     """The steps of all ranks as one, forked from one stream and joined again; T is that of the rank with most tokens.
 
-    Its inputs hold the ranks side by side: [T, R H], [T, R K], [T, R K], and [T, R] int32, the ranks' own T in each row.
+    Its inputs hold the ranks side by side: [T, R H], [T, R K], [T, R K], and [T, R] int32, each row the ranks' own T.
     """
 
     def __init__(self, ranks: VirtualRanks) -> None:
@@ -200,7 +200,7 @@ def test_a_capture_that_fails_is_made_again_on_that_rank_alone(broken_by: str) -
         with pytest.raises(StateError, match="capture of the bucket of 4 tokens failed"):
             graphs[0].capture()
         graphs[1].capture()
-        eager = [ranks.step(rank, LAYERS) for rank in range(2)]
+        eager = [ranks.step(rank, LAYERS) for rank in range(len(ranks.a2as))]
         ranks.run(eager, batch.ranks, batch.want[LAYERS])
         ranks.settle("eager after the failure")
         is_broken = False
@@ -226,7 +226,7 @@ def test_a_batch_written_in_place() -> None:
             return call
 
         for batch in batches * 3:
-            ranks.run([in_place(rank) for rank in range(2)], batch.ranks, batch.want[LAYERS])
+            ranks.run([in_place(rank) for rank in range(len(ranks.a2as))], batch.ranks, batch.want[LAYERS])
         ranks.settle("in place")
 
 
@@ -251,7 +251,7 @@ def test_wrong_use_is_refused() -> None:
         graph = GraphedStep(Step(a2a), a2a, batch.to(device).tensors, buckets=BUCKETS, padding=PADDING)
         assert graph.device == device
         graph.capture()
-        with pytest.raises(ShapeError, match="input 0 must be .* on cuda:0"):
+        with pytest.raises(ShapeError, match=r"input 0 must be .* on cuda:0"):
             graph(*batch.tensors)
         with pytest.raises(ShapeError, match="at most 16 tokens"):
             graph(*batch_of(17, 0).to(device).tensors)

@@ -153,8 +153,22 @@ def test_no_batch_and_a_batch_without_rounds(cuda: FakeCuda) -> None:
 
     assert interleave([]) == []
     assert interleave([silent(), silent()]) == [7, 7]
-    assert interleave([silent()], comm_stream=Stream("comm")) == [7]  # type: ignore[arg-type]
     assert cuda.names() == []
+
+
+def test_the_second_stream_joins_a_capture_even_if_nothing_is_sent(cuda: FakeCuda) -> None:
+    """Else the stream that captures would wait for one that does not take part, which ends the capture."""
+
+    def failing() -> Batch[int]:
+        raise ValueError("before any half")
+        yield
+
+    before = cuda.work("before")
+    comm = Stream("comm")
+    with pytest.raises(ValueError, match="before any half"):
+        interleave([failing()], comm_stream=comm)  # type: ignore[arg-type]
+    with cuda.stream(comm):
+        assert before.is_before(cuda.work("on the second stream"))
 
 
 @pytest.fixture
