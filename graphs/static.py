@@ -51,11 +51,12 @@ class StaticInputs:
             if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.device != device:
                 raise ShapeError(f"`example[{number}]` must be [T, ...] on {device} (got {describe(tensor)})")
         self._padding = tuple(padding)
-        self.tensors = tuple(
-            torch.full((largest, *tensor.shape[1:]), value, dtype=tensor.dtype, device=device)
-            for tensor, value in zip(example, padding, strict=True)
-        )
-        self.num_valid_tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(mode=False):  # what was made in it could not be written to outside
+            self.tensors = tuple(
+                torch.full((largest, *tensor.shape[1:]), value, dtype=tensor.dtype, device=device)
+                for tensor, value in zip(example, padding, strict=True)
+            )
+            self.num_valid_tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self._num_valid = 0  # what `num_valid_tokens` says
 
     def rows(self, bucket: int) -> tuple[Tensor, ...]:
@@ -128,7 +129,8 @@ class StaticOutputs(Generic[Result]):
             if tensor.device != device:
                 raise ShapeError(f"output {number} of the step must be on {device} (got {describe(tensor)})")
         self._is_single = isinstance(result, Tensor)
-        self._tensors = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in results)
+        with torch.inference_mode(mode=False):
+            self._tensors = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in results)
 
     def write(self, result: Result, bucket: int) -> None:
         """Keep what the step of a bucket returned.

@@ -119,10 +119,12 @@ class GraphedStep(Generic[Result]):
 
         Raises:
             ShapeError: the step returned something else than [T, ...] tensors, or other ones for another bucket.
-            StateError: buckets differ in their number of rounds; or something is closed.
+            StateError: buckets differ in their number of rounds; it is captured already; or something is closed.
             PeerTimeoutError: a rank did not deliver within the deadline.
         """
         self._check_open()
+        if self._is_captured:
+            raise StateError("this step is captured already: a warm-up would move the results that its graphs write")
         self._follow_stream()
         self._inputs.fill([static[:0] for static in self._inputs.tensors], 0)
         rounds: dict[int, int] = {}

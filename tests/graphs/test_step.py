@@ -148,6 +148,18 @@ def test_weights_with_gradients_leave_no_history(alone: AllToAll) -> None:
         assert not graph(torch.ones(3, 64)).requires_grad
 
 
+def test_inference_mode_may_change_between_calls(alone: AllToAll) -> None:
+    batches = [batch_of(num_tokens, num_tokens) for num_tokens in (9, 2, 0, 16)]
+    for made_in in (False, True):
+        with torch.inference_mode(mode=made_in):
+            graph = graphed(Step(alone))
+            graph.capture()
+        for number, batch in enumerate(batches):
+            with torch.inference_mode(mode=number % 2 == 1):
+                assert_same(graph(*batch.tensors), reference_step([batch])[0], f"batch {number}")
+        graph.close()
+
+
 def test_calls_out_of_order_are_refused(alone: AllToAll) -> None:
     batch = batch_of(3, 0).tensors
     graph = graphed(Step(alone))
@@ -158,6 +170,8 @@ def test_calls_out_of_order_are_refused(alone: AllToAll) -> None:
     graph.warm_up()
     graph.eager(*batch)
     graph.capture()
+    with pytest.raises(StateError, match="captured already"):
+        graph.warm_up()
     graph.close()
     graph.close()
     for call in (graph, graph.eager):

@@ -43,9 +43,9 @@ class VirtualRanks:
         self.device = torch.device(DEVICE)
         self.streams = self._streams(num_ranks)
         self.comm_streams = self._streams(num_ranks)
+        self._differing = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in self.streams]
         self._prime()
         self.a2as = [self._make(group) for group in moebius.virtual_ranks(num_ranks)]
-        self._differing = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in self.a2as]
         self._graphs: list[GraphedStep[Any]] = []
         torch.cuda.synchronize()
 
@@ -63,10 +63,13 @@ class VirtualRanks:
                 for step in (Step(lone), InterleavedStep(lone, comm_stream=comm_stream)):
                     with torch.cuda.stream(stream), self._graphed(step, stream) as graph:
                         graph.capture()
-                        got = graph(*batch.tensors)
-                        assert torch.equal(got, graph.eager(*batch.tensors))
-                        graph(*(tensor[:1] for tensor in batch.tensors))
-                torch.cuda.synchronize()
+                        got = graph(*batch.tensors).clone()
+                        self.compare(0, got, graph.eager(*batch.tensors))
+                        for num_tokens in (9, 1, 0):
+                            fewer = [tensor[:num_tokens] for tensor in batch.tensors]
+                            self.compare(0, graph(*fewer), got[:num_tokens])
+                            Step(lone)(*fewer)
+                    torch.cuda.synchronize()
 
     def _graphed(self, step: Step, stream: torch.cuda.Stream, **options: Any) -> GraphedStep[Tensor]:
         options = {"buckets": BUCKETS, "padding": PADDING, **options}
