@@ -117,8 +117,8 @@ def interleave(batches: Sequence[Batch[Output]], *, comm_stream: torch.cuda.Stre
         batches: each has its own tensors; a round's halves run in the order in which they are yielded.
         comm_stream: None: all on the current stream, each receive as late as possible, so that it need not wait. Else
             all halves run there, under a budget of SMs that is theirs, and the current stream computes meanwhile. It
-            pays where the transfer itself takes long (large batches), not for the latency alone. Tensors of the halves
-            are allocated on that stream: nothing but this should.
+            is for batches so large that the transfer itself takes long. What the halves return is allocated on that
+            stream: keep it for this.
 
     Returns:
         What each returned, in their order; safe to use on the current stream.
@@ -208,9 +208,11 @@ class _TwoStreams:
     def __enter__(self) -> None:
         self._comm.wait_stream(self._compute)
 
-    def __exit__(self, *_: object) -> None:
-        # After an error too: a capture can only end when every stream that took part has come back.
-        self._compute.wait_stream(self._comm)
+    def __exit__(self, kind: object, *_: object) -> None:
+        # After an error too: a capture can only end when every stream that took part has come back. One that CUDA has
+        # broken says so again; the first error tells more.
+        with contextlib.suppress(RuntimeError) if kind is not None else contextlib.nullcontext():
+            self._compute.wait_stream(self._comm)
 
     def advance(self, turn: _Turn[Any]) -> None:
         if turn.arrival is not None:

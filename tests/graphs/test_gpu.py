@@ -17,7 +17,6 @@ from tests.graphs.steps import (
     LAYERS,
     MOST,
     PADDING,
-    TOPK,
     InterleavedStep,
     Step,
     batch_of,
@@ -134,7 +133,7 @@ class Together:
         assert num_valid_tokens.numel() == 1
         # Cut before the first rank begins: what follows uses no kernel that the ranks have not been primed with.
         parts = [
-            [each.unflatten(1, (len(self._steps), -1))[:, rank].contiguous() for each in (x, topk_ids, topk_weights)]
+            [each.view(len(each), len(self._steps), -1)[:, rank].contiguous() for each in (x, topk_ids, topk_weights)]
             for rank in range(len(self._steps))
         ]
         current = torch.cuda.current_stream()

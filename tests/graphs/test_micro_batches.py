@@ -146,6 +146,19 @@ def test_after_a_failure_the_streams_are_joined_and_nothing_is_left_unreceived(
         assert all(done.is_before(after) for done in cuda.done)
 
 
+def test_a_broken_capture_does_not_hide_what_broke_it(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Stream, other: Stream) -> None:
+        if self is main:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    main = cuda.current
+    monkeypatch.setattr(Stream, "wait_stream", broken)
+    with pytest.raises(ValueError, match="combine a0"):
+        interleave([Layers(cuda, "a", "combine a0").run()], comm_stream=Stream("comm"))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        interleave([Layers(cuda, "a").run()], comm_stream=Stream("comm"))  # type: ignore[arg-type]
+
+
 def test_no_batch_and_a_batch_without_rounds(cuda: FakeCuda) -> None:
     def silent() -> Batch[int]:
         return 7
