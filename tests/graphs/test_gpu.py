@@ -248,10 +248,11 @@ def test_a_rank_that_does_not_replay_is_named_and_the_others_go_on() -> None:
 def test_wrong_use_is_refused() -> None:
     device = torch.device("cuda", 0)
     batch = batch_of(3, 0)
+    given = batch.to(device).tensors  # here: a copy from the host may not be captured
     with AllToAll(moebius.virtual_ranks(1)[0], config(), device) as a2a:
         with pytest.raises(ShapeError, match=r"`example\[0\]` must be \[T, ...\] on cuda:0"):
             GraphedStep(Step(a2a), a2a, batch.tensors)
-        graph = GraphedStep(Step(a2a), a2a, batch.to(device).tensors, buckets=BUCKETS, padding=PADDING)
+        graph = GraphedStep(Step(a2a), a2a, given, buckets=BUCKETS, padding=PADDING)
         assert graph.device == device
         graph.capture()
         with pytest.raises(ShapeError, match=r"input 0 must be .* on cuda:0"):
@@ -260,12 +261,12 @@ def test_wrong_use_is_refused() -> None:
             graph(*batch_of(17, 0).to(device).tensors)
         outer = torch.cuda.CUDAGraph()
         with torch.cuda.graph(outer), pytest.raises(StateError, match="cannot be captured into another graph"):
-            graph(*batch.to(device).tensors)
+            graph(*given)
         (want,) = reference_step([batch])
-        got = graph(*batch.to(device).tensors)
+        got = graph(*given)
         assert_same(got.cpu(), want, "after the refusals")
     with pytest.raises(StateError, match="is closed"):
-        graph(*batch.to(device).tensors)
+        graph(*given)
     graph.close()
     assert_same(got.cpu(), want, "after closing")
 
