@@ -11,6 +11,7 @@ from typing import Any
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "moebius"
@@ -67,7 +68,9 @@ NVCC_FLAGS = [
 def cuda(nvcc: str) -> Pybind11Extension:
     """The CUDA engine. The runtime is linked statically and the driver not at all: it loads where there is no GPU."""
     # Where it would link from; it may itself be a script, or lie in another folder than the libraries.
-    steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
     homes = [Path(home) for home in re.findall(r"TOP=(\S+)", steps)]
     folders = [Path(folder) for folder in re.findall(r'-L([^"\s]+)', steps)]
     folders += [home / name for home in homes for name in ("lib64", "lib")]
@@ -97,7 +100,7 @@ def compile_with_nvcc(compiler: Any) -> None:
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"moebius: nvcc failed on {src} ({error})") from error
+            raise CompileError(f"nvcc failed on {src} ({error})") from error  # SystemExit would hang the pool of threads
 
     compiler._compile = _compile
 

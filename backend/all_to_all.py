@@ -162,8 +162,9 @@ class AllToAll:
         Collective: every rank calls it once per round. The result is overwritten `depth` dispatches later.
 
         Args:
-            x: [T, H] in the payload's dtype, rows contiguous, on CUDA at multiples of 16 bytes. For "fp8_e4m3" bf16, fp16 or fp32, quantised on the
-                way, or float8_e4m3fn with `scales`; for "opaque" any dtype whose rows are `payload_bytes` bytes.
+            x: [T, H] in the payload's dtype, rows contiguous (on CUDA at multiples of 16 bytes). For "fp8_e4m3" bf16,
+                fp16 or fp32, quantised on the way, or float8_e4m3fn with `scales`; for "opaque" any dtype whose rows
+                are `payload_bytes` bytes.
             topk_ids: [T, K] int32 or int64: the experts of each token; -1 leaves a choice unrouted. An expert named
                 twice by a token gets it once, and counts both weights.
             topk_weights: [T, K] fp32 with `weights_at` "dispatch", else None.
@@ -255,9 +256,9 @@ class AllToAll:
         Collective: every rank calls it for the same round.
 
         Args:
-            expert_out: in the output dtype, last dimension contiguous, on CUDA rows at multiples of 16 bytes. expert_major: [L, R*M, H], a row for each row of
-                `recv.x`; token_major: [R*M, H], a row for each received token, already weighted and summed over this
-                rank's experts. Rows without a token are not read.
+            expert_out: in the output dtype, last dimension contiguous (on CUDA rows at multiples of 16 bytes).
+                expert_major: [L, R*M, H], a row for each row of `recv.x`; token_major: [R*M, H], a row for each
+                received token, already weighted and summed over this rank's experts. Rows without a token are not read.
             recv: the dispatch that it answers.
             topk_weights: [T, K] fp32 with `weights_at` "combine", else None.
             out: [T, H] in the output dtype to write to, instead of a new tensor.

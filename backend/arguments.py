@@ -37,12 +37,12 @@ class Place(NamedTuple):
     """Where an engine wants the tensors of its calls.
 
     Attributes:
-        index: of the CUDA device, -1 for memory of the host.
+        device_index: of the CUDA device, -1 for memory of the host.
         alignment: that addresses of rows are multiples of, in bytes.
         reads_late: the values are read after the call has returned.
     """
 
-    index: int = CPU
+    device_index: int = CPU
     alignment: int = 1
     reads_late: bool = False
 
@@ -128,9 +128,10 @@ class Arguments:
     def _bad_x(self, x: Any) -> ShapeError:
         most = f"[T <= {self._config.max_num_tokens}, "
         if self._config.payload == "opaque":
-            return fail("x", f"{most}rows of {self._wire.payload_bytes} bytes] on {place_name(self._index)}, contiguous rows", x)
-        names = " or ".join(str(dtype) for dtype in self._x_dtypes)
-        return fail("x", f"{most}{self._wire.payload_len}] {names} on {place_name(self._index)}, contiguous rows", x)
+            what = f"rows of {self._wire.payload_bytes} bytes]"
+        else:
+            what = f"{self._wire.payload_len}] {' or '.join(str(dtype) for dtype in self._x_dtypes)}"
+        return fail("x", f"{most}{what} on {place_name(self._index)}, contiguous rows", x)
 
     def _check_scales(self, scales: Any, num_tokens: int) -> tuple[int, int]:
         """Check scales that the caller made; returns their address and the bytes from row to row."""

@@ -81,12 +81,15 @@ class Engine(abc.ABC):
     def remote_bytes(self) -> int:
         """Bytes written to other ranks' memory so far."""
 
+    @abc.abstractmethod
     def check(self) -> None:
         """Raise what an asynchronous engine has recorded."""
 
+    @abc.abstractmethod
     def synchronize(self) -> None:
-        """Wait until all that was called has run."""
+        """Wait until all that was called has run, then check."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of the memory."""
 
@@ -169,6 +172,15 @@ class CpuEngine(Engine):
     def remote_bytes(self) -> int:
         """See `Engine`."""
         return int(self._native.remote_bytes)
+
+    def check(self) -> None:
+        """Nothing to tell: a half raises what it finds."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to do: the memory goes with this object and the results that show it."""
 
     def _buffers(self, slot: int, x: Tensor | None, scales: Tensor | None) -> slots.SlotBuffers:
         config, num_ranks = self._config, self._heap.num_ranks

@@ -148,6 +148,7 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
 
 
 def gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """What every rank gives, by rank; collective."""
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -82,9 +82,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _empty_scales(
-    config: Config, wire: Wire, rows: tuple[int, int], device: torch.device | None
-) -> Tensor | None:
+def _empty_scales(config: Config, wire: Wire, rows: tuple[int, int], device: torch.device | None) -> Tensor | None:
     """Scales of an expert_major result: column-major as DeepGEMM reads them, row-major for opaque ones."""
     if wire.scale_dtype is None:
         return None

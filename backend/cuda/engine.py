@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -239,10 +240,9 @@ class CudaEngine(Engine):
 
     def close(self) -> None:
         """Wait for kernels that use the memory, and free it. Graphs that hold our calls must not be replayed again."""
-        try:
+        # It fails when a kernel of the process did, or while capturing: freeing is then all that is left to do.
+        with contextlib.suppress(CudaError):
             self._native.synchronize()
-        except CudaError:
-            pass  # a kernel of the process has failed, or a capture is under way: freeing is all that is left to do
         self._native = self._handles = None
         self._memory.close()
 

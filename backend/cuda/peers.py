@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,9 +53,8 @@ def allocate_processes(
         for how in ways or possible_ways(about):
             mapped, error = _exchange(group, rank, num_bytes, how, about, server, machine)
             if not error:
-                return SymmetricMemory(
-                    rank, [one.address for one in mapped], num_bytes, how, None, lambda: _close(mapped, machine)
-                )
+                free = functools.partial(_close, mapped, machine)
+                return SymmetricMemory(rank, [one.address for one in mapped], num_bytes, how, None, free)
             errors.append(error)
     raise PeerAccessError("; ".join(errors))
 
@@ -72,9 +72,9 @@ def possible_ways(about: list[About]) -> list[str]:
     if "fabric" in common:
         return ["fabric"]
     raise PeerAccessError(
-        f"ranks 0 ({about[0].device}) and {other} ({about[other].device}) are on different hosts, and not every GPU can "
-        "share its memory over an NVLink fabric: put the ranks on one host, or on hosts of one NVLink domain (with an "
-        "IMEX channel)"
+        f"ranks 0 ({about[0].device}) and {other} ({about[other].device}) are on different hosts, and not every GPU "
+        "can share its memory over an NVLink fabric: put the ranks on one host, or on hosts of one NVLink domain (with "
+        "an IMEX channel)"
     )
 
 
@@ -155,7 +155,8 @@ def _open(how: str, num_bytes: int, offer: Offer, theirs: About, machine: Machin
 
 
 def _cannot_reach(rank: int, peer: int, how: str, about: list[About], machine: Machine, why: str) -> str:
-    text = f"rank {rank} ({about[rank].device}) cannot map the memory of rank {peer} ({about[peer].device}) by {how}: {why}"
+    ranks = f"rank {rank} ({about[rank].device}) cannot map the memory of rank {peer} ({about[peer].device})"
+    text = f"{ranks} by {how}: {why}"
     for other in range(torch.cuda.device_count()):
         if str(getattr(torch.cuda.get_device_properties(other), "uuid", "")) != about[peer].uuid:
             continue

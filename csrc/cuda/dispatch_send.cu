@@ -26,7 +26,7 @@ struct SendLaunch {
   int slice_units;  // payload of a slice, in units: what a lane makes of one or two vectors of x
 };
 
-constexpr int64_t out_unit(Encoding encoding) { return encoding == Encoding::kQuantise ? 8 : 16; }
+MOEBIUS_HD constexpr int64_t out_unit(Encoding encoding) { return encoding == Encoding::kQuantise ? 8 : 16; }
 constexpr int kGroupUnits = kScaleGroup / 8;  // of a group of channels: half a warp
 constexpr int kStageScales = kStageBytes / kScaleGroup;
 

@@ -67,13 +67,13 @@ struct Positions {
 // Words of a chunk: all items, if their bitmap is no larger than this.
 constexpr int64_t kPositionsBytes = 32 * 1024;
 
-constexpr int positions_words(int64_t num_items, int num_columns) {
+MOEBIUS_HD constexpr int positions_words(int64_t num_items, int num_columns) {
   const int64_t needed = (num_items + 31) / 32;
   const int64_t fitting = kPositionsBytes / (8 * int64_t{num_columns});
   const int64_t words = needed < fitting ? needed : fitting;
   return static_cast<int>(words < 1 ? 1 : words);
 }
-constexpr size_t positions_bytes(int num_columns, int num_words) {
+MOEBIUS_HD constexpr size_t positions_bytes(int num_columns, int num_words) {
   const size_t n = static_cast<size_t>(num_columns) * static_cast<size_t>(num_words) * 8 +
                    static_cast<size_t>(num_columns) * 4;
   return (n + 127) / 128 * 128;

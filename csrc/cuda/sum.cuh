@@ -49,7 +49,7 @@ MOEBIUS_DEVICE void sum_rows(
 }
 
 // Slices of a row, for a warp each; few rows are then spread over many warps.
-constexpr int num_slices(int64_t row_bytes) {
+MOEBIUS_HD constexpr int num_slices(int64_t row_bytes) {
   return static_cast<int>((row_bytes / 16 + kUnroll * kWarp - 1) / (kUnroll * kWarp));
 }
 
