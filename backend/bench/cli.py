@@ -27,6 +27,7 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 ENGINES = ("auto", "cpu")
 USAGE_ERROR = 2
 CPU_EXPERTS = 64
+CPU_SECONDS, GPU_SECONDS = 1.5, 0.2
 
 
 def _numbers(text: str) -> list[int]:
@@ -77,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--repeat", type=int, default=1, help="interleaved repetitions of the sweep, for the spread (default 1)"
     )
-    bench.add_argument("--seconds", type=float, default=1.5, help="measuring time of a configuration (default 1.5)")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of a configuration (default {CPU_SECONDS}); on a GPU of each schedule ({GPU_SECONDS})",
+    )
     bench.add_argument("--tiny", action="store_true", help="one small configuration, a few rounds: only to see it work")
     bench.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("moebius-report/bench.csv"), metavar="PATH")
     bench.add_argument(
@@ -198,6 +203,7 @@ def _bench(flags: argparse.Namespace) -> int:
         from .cuda.run import CudaOptions
         from .cuda.run import run as run_on_gpu
 
+        flags.seconds = flags.seconds or GPU_SECONDS
         measured = run_on_gpu(CudaOptions.from_flags(vars(flags)))
         _write_json(flags.json, measured)
         return 0 if measured["rows"] and not measured["errors"] else 1
@@ -205,7 +211,7 @@ def _bench(flags: argparse.Namespace) -> int:
 
     if flags.suite or flags.virtual_ranks or flags.sms or flags.out:
         raise ConfigError("`--suite`, `--virtual-ranks`, `--sms` and `--out` belong to `--device cuda`")
-    flags.experts = flags.experts or CPU_EXPERTS
+    flags.experts, flags.seconds = flags.experts or CPU_EXPERTS, flags.seconds or CPU_SECONDS
     options = SweepOptions.from_flags(vars(flags))
     result = run(options)
     _write_json(flags.json, result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -110,6 +111,9 @@ class CudaDevice:
         Raises:
             NoDeviceError: there is no such GPU.
         """
+        # Streams beyond as many share a hardware queue, where one rank's wait would hold up another's send. Read when
+        # CUDA starts.
+        os.putenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         if not torch.cuda.is_available():
             build = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
             raise NoDeviceError(f"no CUDA device here{build} (`python -m moebius doctor` says what is missing)")
@@ -187,7 +191,7 @@ class HostDevice:
     """This processor: lanes take turns, everything is done when the call returns, a replay does it again."""
 
     is_cuda = False
-    num_sms = 1
+    num_sms = 64
     l2_bytes = 1 << 20
 
     def __init__(self, num_lanes: int, clock: Callable[[], int] = perf_counter_ns) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,14 +112,11 @@ class Bench:
         if not attempt("check", lambda: self._check(point, found)):
             return found
         many = counts(found.bytes["round"], lanes, self._seconds)
-        for mode in point.modes:
-            if not attempt(f"{mode} chained", lambda mode=mode: self._ours(point, found, mode, CHAINED, many)):  # type: ignore[misc]
-                attempt(f"{mode} lockstep", lambda mode=mode: self._ours(point, found, mode, LOCKSTEP, many))  # type: ignore[misc]
-            for schedule in (BY_OP, BY_HALF):
-                attempt(
-                    f"{mode} {schedule.name}",
-                    lambda mode=mode, schedule=schedule: self._ours(point, found, mode, schedule, many),  # type: ignore[misc]
-                )
+        schedules = schedules_of(point, found.sms * lanes <= device.num_sms)
+        for mode, schedule in itertools.product(point.modes, schedules):
+            job = functools.partial(self._ours, point, found, mode, schedule, many)
+            if not attempt(f"{mode} {schedule.name}", job) and schedule is CHAINED and LOCKSTEP not in schedules:
+                attempt(f"{mode} lockstep", functools.partial(self._ours, point, found, mode, LOCKSTEP, many))
         # In processes of their own the ranks share no lane, and a copy in torch would need another library.
         if point.with_baseline and lanes == point.workload.ranks:
             attempt("torch baseline", lambda: self._torch(point, found, many))
@@ -166,6 +165,20 @@ class Bench:
 
 
 HOST_PARTS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "round")
+
+
+def schedules_of(point: Point, are_resident: bool) -> tuple[Schedule, ...]:
+    """What to play at a point.
+
+    Args:
+        point: of budgets, only what compares from the smallest to all.
+        are_resident: all ranks' kernels fit the device at once, so that one may wait for another.
+    """
+    if not are_resident:
+        return LOCKSTEP, BY_HALF
+    if point.section == "sms":
+        return CHAINED, LOCKSTEP, BY_HALF
+    return CHAINED, BY_OP, BY_HALF
 
 
 class _Nothing:

@@ -141,7 +141,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def _budgets(result: dict[str, Any]) -> str:
-    rows = [row for row in result["rows"] if row["section"] == "sms" and row["op"] in ("dispatch", "combine")]
+    rows = [row for row in result["rows"] if row["section"] == "sms" and row["op"] in HALVES]
     if not rows:
         return ""
     plots = []
@@ -156,8 +156,8 @@ def _budgets(result: dict[str, Any]) -> str:
     columns = ("ranks", "dtype", "sms", *_TABLE)
     return section(
         "Budget of multiprocessors",
-        "In a graph, T=128, a join after each operation. With more multiprocessors a rank than the device has over "
-        "the ranks, ranks take turns on it.",
+        "In a graph, T=128, a join after each half, so that none waits inside. With more multiprocessors a rank than "
+        "the device has over the ranks, the ranks' kernels take turns.",
         legend([("ours", "bf16"), ("gloo", "fp8_e4m3")]),
         f'<div class="plots">{"".join(plots)}</div>',
         _figures(rows, columns),

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 METHOD = (
     "Rounds without experts. All ranks' sends are launched before any receive, from one thread, without a host "
-    "synchronisation or an allocation of ours in between. graph: rounds in one CUDA graph, medians over its replays, "
-    "each behind a short gate; eager: launches behind a gate kernel, so that the host is not in it. chained: one fork, "
-    "all rounds back to back on each rank's stream, one join, over the number of rounds. by_op, by_half: CUDA events at a "
-    "join after each operation, or half, of all ranks; a fork and a join (frame) are in each figure. lockstep: a join "
-    "after every half, the round as a whole. No half is timed in a loop of its own, which the protocol does not allow. "
-    "moved_bytes: read plus written by all ranks on the device, counted from the routing. bound: a device copy that "
-    "moves as many, out of uncached memory; stream: those bytes at the rate of a large copy. baseline: torch on the "
-    "same streams, its indices given (index, quantise, copy, reduce)."
+    "synchronisation or an allocation of ours in between. graph: rounds in one CUDA graph, medians over its "
+    "replays, each behind a short gate; eager: launches behind a gate kernel, so that the host is not in it. "
+    "chained: one fork, all rounds back to back on each rank's stream, one join, over the number of rounds. "
+    "by_op, by_half: CUDA events at a join after each operation, or half, of all ranks; a fork and a join (frame) "
+    "are in each figure. lockstep: a join after every half, the round as a whole. No half is timed in a loop of "
+    "its own, which the protocol does not allow. moved_bytes: read plus written by all ranks on the device, "
+    "counted from the routing. bound: a device copy that moves as many, out of uncached memory; stream: those "
+    "bytes at the rate of a large copy. baseline: torch on the same streams, its indices given (index, quantise, "
+    "copy, reduce)."
 )
 SHOWN = ("tokens", "dtype", "layout", "mode", "op", "p50_us", "p99_us", "bound_us", "times_bound", "baseline_p50_us",
          "speedup", "gbps")  # fmt: skip
@@ -92,7 +93,7 @@ def print_result(result: dict[str, Any]) -> None:
     out(f"{result['ranks_are']}; suite {result['suite']}, {result['seconds']} s")
     for section in dict.fromkeys(row["section"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["section"] == section and row["op"] in _ops(section)]
-        columns = ("ranks", "sms", *SHOWN) if section != "decode" else ("schedule", *SHOWN)
+        columns = ("ranks", "sms", "schedule", *SHOWN) if section != "decode" else ("schedule", *SHOWN)
         out()
         out(section)
         out(table(columns, [[_ratio(name, row[name]) for name in columns] for row in rows]))

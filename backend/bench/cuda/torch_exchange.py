@@ -87,6 +87,7 @@ class TorchExchange:
         self._packed = [torch.zeros(pairs, words, dtype=WORD, device=where) for _ in inputs]
         self._home = [torch.zeros(most, config.hidden, dtype=self._dtype, device=where) for _ in inputs]
         self.combined: list[Tensor] = [torch.empty(0) for _ in inputs]
+        device.synchronize()  # lanes do not follow the stream that this ran on
 
     def _plan(self, rank: int, routes: list[tuple[Tensor, Tensor]], where: torch.device) -> _Plan:
         ranks, local = self._num_ranks, self._num_local

@@ -104,6 +104,7 @@ class World:
         self._combined = [rows[: workload.tokens] for rows in self._all_combined]
         for rows in self.expert_out:
             rows.normal_(generator=random)
+        self.device.synchronize()  # lanes do not follow the stream that this ran on
         self._loaded = workload
 
     def step(self, lane: int, half: str, number: int) -> None:
@@ -154,6 +155,7 @@ class World:
             if not error <= limit:
                 raise MoebiusError(f"rank {a2a.rank} got wrong tokens: error {error:.4g}, at most {limit:.4g} expected")
             self.expert_out[lane].normal_()
+        self.device.synchronize()
 
     def _identity(self, lane: int) -> None:
         """Write what the lane's rank received into its experts' rows."""
