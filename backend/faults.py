@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import MoebiusError, PeerTimeoutError, ProtocolError, RoutingError
 
-# csrc/cpu/engine.h, FaultKind and Reason.
+# csrc/fault.h, FaultKind and Reason.
 FAULT_ROUTING, FAULT_TIMEOUT = 1, 2
 REASONS = ("deadline", "died", "reported")
 
@@ -15,7 +15,7 @@ def error_of(fault: dict[str, Any], op: str, half: str, num_experts: int) -> Moe
     """Make the exception.
 
     Args:
-        fault: the engine's record, its fields named as in csrc/cpu/engine.h.
+        fault: the engine's record, its fields named as in csrc/fault.h.
         op: "dispatch" or "combine".
         half: "send" or "recv".
         num_experts: E.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from . import _core
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# csrc/cpu/simd/kernels.h, Dtype and ScaleFormat.
+# csrc/formats.h, Dtype and ScaleFormat.
 DTYPE_CODE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCALE_FORMAT_CODE = {"fp32": 0, "pow2": 1, "ue8m0": 2}
 
