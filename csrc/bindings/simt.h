@@ -38,9 +38,8 @@ inline void bind(pybind11::module_& m) {
       py::arg("is_programmatic") = true,
       py::arg("patience_us") = 0,
       Unlocked());
-  m.def("new_stream", [](int rank) {
-    return reinterpret_cast<uintptr_t>(World::process().new_stream(rank));
-  });
+  m.def("new_stream",
+        [](int rank) { return reinterpret_cast<uintptr_t>(World::process().new_stream(rank)); });
   m.def("free_stream", [](uintptr_t s) { World::process().free_stream(stream_at(s)); });
   m.def("register_memory", [](int rank, uintptr_t base, size_t num_bytes) {
     World::process().register_memory(rank, reinterpret_cast<void*>(base), num_bytes);
@@ -55,10 +54,9 @@ inline void bind(pybind11::module_& m) {
   m.def("run_until_idle", [] { World::process().run_until_idle(); }, Unlocked());
   m.def("now_ns", [] { return World::process().now_ns(); });
 
-  py::class_<Recorded>(m, "Recorded")
-      .def("replay", [](const Recorded& self, uintptr_t s) {
-        World::process().replay(self.graph, stream_at(s));
-      });
+  py::class_<Recorded>(m, "Recorded").def("replay", [](const Recorded& self, uintptr_t s) {
+    World::process().replay(self.graph, stream_at(s));
+  });
   m.def("begin_capture", [](uintptr_t s) { World::process().begin_capture(stream_at(s)); });
   m.def("end_capture",
         [](uintptr_t s) { return Recorded{World::process().end_capture(stream_at(s))}; });
