@@ -171,20 +171,15 @@ class RanksStep:
     ) -> Tensor:
         assert num_valid_tokens.numel() == 1
         num_ranks, num_parts = len(self.steps), self.steps[0].num_parts
-        cut = [
-            [each.view(len(each), num_ranks, -1)[:, rank] for each in (x, topk_ids, topk_weights)]
-            for rank in range(num_ranks)
-        ]
-        parts = [split(len(x), counts[0, rank : rank + 1], num_parts) for rank in range(num_ranks)]
-        outputs = interleave(
-            [
-                step.layers(
-                    *(each[parts[rank][number].rows] for each in cut[rank]), parts[rank][number].num_valid_tokens
+        batches = []
+        for number in range(num_parts):
+            for rank, step in enumerate(self.steps):
+                part = split(len(x), counts[0, rank : rank + 1], num_parts)[number]
+                mine = RankBatch(
+                    *(each.view(len(x), num_ranks, -1)[part.rows, rank] for each in (x, topk_ids, topk_weights))
                 )
-                for number in range(num_parts)
-                for rank, step in enumerate(self.steps)
-            ]
-        )
+                batches.append(step.layers(*mine.tensors, part.num_valid_tokens))
+        outputs = interleave(batches)
         return torch.cat([torch.cat(outputs[rank::num_ranks]) for rank in range(num_ranks)], 1)
 
 
