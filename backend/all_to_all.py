@@ -131,7 +131,7 @@ class AllToAll:
         self._open().check()
 
     def synchronize(self) -> None:
-        """Wait for the device's work, then `check`."""
+        """Wait for the work of the current stream, then `check`."""
         self._open().synchronize()
 
     def mask_rank(self, rank: int, *, dead: bool = True) -> None:

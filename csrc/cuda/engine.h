@@ -95,7 +95,7 @@ class Engine {
   void mask(int rank, bool is_dead);
   uint64_t round_of(const uint64_t* handle) const;
 
-  void synchronize() const;  // waits for all work of the device
+  void synchronize(Stream stream) const;  // waits for all that was enqueued there
   const HeapLayout& layout() const { return self_.layout; }
 
  private:
@@ -109,6 +109,7 @@ class Engine {
   const int device_;
   const int num_ranks_;
   int num_sms_ = 0;
+  const std::vector<std::byte*> addresses_;  // of the heaps
   Memory private_;  // LocalState, the addresses of the heaps, expert_counts
   Memory pinned_;   // FaultRecord
   Rank self_{};

@@ -156,7 +156,9 @@ int exchange_device(int device) {
   return before;
 }
 
-void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+void synchronize(Stream stream) {
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cudaStreamSynchronize");
+}
 
 uint64_t capture_id(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
