@@ -18,12 +18,12 @@ VLLM_DEPENDENCIES := $(VLLM_VENV)/.stamp-dependencies
 VLLM_INSTALLED := $(VLLM_VENV)/.stamp-installed
 VLLM_VERSIONS := build/vllm-versions/.stamp-unpacked
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
-FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
+FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev ext typing lint types format check model sanitize vllm test-vllm vllm-versions clean
+.PHONY: help demo test dev ext typing lint types format check model sass sanitize vllm test-vllm vllm-versions clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ typing:  # static tools cannot follow an editable install's import hook: they re
 model: dev  ## check the protocol's model exhaustively (needs Debian's spin)
 	@command -v spin >/dev/null || { echo "the model needs spin: apt-get install spin" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/protocol $(ARGS)
+
+sass: dev  ## the kernels' machine code for every architecture, against what is meant (needs nvcc)
+	$(BIN)/python -m pytest tests/sass $(ARGS)
 
 sanitize: dev  ## the C++ core under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/sanitize $(ARGS)

@@ -1,13 +1,17 @@
 """Map the folders to the installed packages and build the extensions; everything else is in pyproject.toml."""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "moebius"
@@ -44,18 +48,75 @@ def core() -> Pybind11Extension:
     )
 
 
+def find_nvcc() -> str | None:
+    """CUDA's compiler: the one on PATH, or that of `CUDA_HOME`, or where CUDA installs itself."""
+    homes = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
+    return shutil.which("nvcc") or next((found for home in homes if (found := shutil.which(f"{home}/bin/nvcc"))), None)
+
+
+NVCC = None if os.environ.get("MOEBIUS_SKIP_CUDA_BUILD") == "1" else find_nvcc()
+# SASS alone, so that nothing is compiled on a user's machine; the "a" ones have what only that generation can.
+CUDA_ARCHS = re.split(r"[ ,;]+", os.environ.get("MOEBIUS_CUDA_ARCHS", "").strip() or "80 90a 100a")
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-lineinfo"),
+    "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS),
+]
+
+
+def cuda(nvcc: str) -> Pybind11Extension:
+    """The CUDA engine. The runtime is linked statically and the driver not at all: it loads where there is no GPU."""
+    # Where it would link from; it may itself be a script, or lie in another folder than the libraries.
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
+    homes = [Path(home) for home in re.findall(r"TOP=(\S+)", steps)]
+    folders = [Path(folder) for folder in re.findall(r'-L([^"\s]+)', steps)]
+    folders += [home / name for home in homes for name in ("lib64", "lib")]
+    return Pybind11Extension(
+        f"{PACKAGE}._cuda",
+        [*files("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "csrc/bindings/cuda.cpp"],
+        include_dirs=["csrc"],
+        library_dirs=[str(folder) for folder in folders if (folder / "libcudart_static.a").exists()],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        depends=HEADERS,
+        cxx_std=17,
+        extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
+    )
+
+
+def compile_with_nvcc(compiler: Any) -> None:
+    """Make a setuptools compiler hand the .cu files to nvcc."""
+    compiler.src_extensions.append(".cu")
+    compile_one = compiler._compile
+
+    def _compile(obj: str, src: str, ext: str, cc_args: list[str], postargs: list[str], pp_opts: list[str]) -> None:
+        if ext != ".cu":
+            compile_one(obj, src, ext, cc_args, postargs, pp_opts)
+            return
+        command = [NVCC, *NVCC_FLAGS, "-Icsrc", "-c", src, "-o", obj]
+        compiler.announce(" ".join(map(str, command)), 1)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"nvcc failed on {src} ({error})") from error  # SystemExit would hang the pool of threads
+
+    compiler._compile = _compile
+
+
 def announce_cuda() -> None:
-    """Say in one line why no CUDA extension is built."""
-    if os.environ.get("MOEBIUS_SKIP_CUDA_BUILD") == "1":
-        reason = "MOEBIUS_SKIP_CUDA_BUILD=1"
-    elif shutil.which("nvcc") is None:
-        reason = "no nvcc on PATH"
+    """Say in one line what is built of CUDA, or why nothing is."""
+    if NVCC is not None:
+        line = f"for {', '.join(f'sm_{arch}' for arch in CUDA_ARCHS)} with {NVCC}"
+    elif os.environ.get("MOEBIUS_SKIP_CUDA_BUILD") == "1":
+        line = "skipped (MOEBIUS_SKIP_CUDA_BUILD=1)"
     else:
-        reason = "this version has no CUDA sources yet"
-    print(f"moebius: CUDA extension skipped ({reason})", file=sys.stderr)
+        line = "skipped (no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda)"
+    print(f"moebius: CUDA extension {line}", file=sys.stderr)
 
 
-HEADERS = ["setup.py", *files("csrc/**/*.h", "csrc/**/*.inl")]
+HEADERS = ["setup.py", *files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")]
 
 
 def needs_recompile(obj: str, src: str) -> bool:
@@ -80,12 +141,18 @@ class BuildExt(build_ext):
         announce_cuda()
         super().run()
 
+    def build_extensions(self) -> None:
+        """Add nvcc to the compiler."""
+        if NVCC is not None:
+            compile_with_nvcc(self.compiler)
+        super().build_extensions()
+
 
 ParallelCompile("MOEBIUS_BUILD_JOBS", needs_recompile=needs_recompile).install()
 setup(
     packages=packages(),
     package_dir=FOLDERS,
     package_data={PACKAGE: ["py.typed", "*.pyi"]},
-    ext_modules=[core()],
+    ext_modules=[core(), *([cuda(NVCC)] if NVCC is not None else [])],
     cmdclass={"build_ext": BuildExt},
 )

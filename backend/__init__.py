@@ -9,6 +9,7 @@ from .all_to_all import AllToAll
 from .config import Config
 from .errors import (
     ConfigError,
+    CudaError,
     MoebiusError,
     NativeNotBuiltError,
     PeerAccessError,
@@ -29,6 +30,7 @@ __all__ = [
     "AllToAll",
     "Config",
     "ConfigError",
+    "CudaError",
     "Dispatched",
     "MoebiusError",
     "NativeNotBuiltError",

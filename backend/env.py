@@ -60,6 +60,12 @@ VARIABLES = (
         "built when nvcc and its sources are there",
         "build without the CUDA extension; read by setup.py",
     ),
+    Variable(
+        "MOEBIUS_CUDA_ARCHS",
+        "architectures",
+        "80 90a 100a",
+        "GPUs that the CUDA extension is built for; read by setup.py",
+    ),
     Variable("MOEBIUS_BUILD_JOBS", "a number", "one per core", "compilers that run at once; read by setup.py"),
 )
 

@@ -42,6 +42,28 @@ class NativeNotBuiltError(MoebiusError, ImportError):
     """A compiled extension is missing. The message says how to build it."""
 
 
+class CudaError(MoebiusError):
+    """A call of CUDA failed. The message says what is missing where that is the reason: a GPU, a driver, a newer one.
+
+    After an error of a kernel ("illegal memory access" and the like) the process cannot use its GPU any more. What
+    came from a missing or unfit device is recovered from by running where there is one.
+
+    Attributes:
+        call: the function of CUDA's that failed.
+        code: what it returned, a `cudaError_t` or, for names in "cu" and a capital, a `CUresult`.
+    """
+
+    def __init__(self, call: str, code: int, message: str) -> None:
+        """Take the call, its result and the message."""
+        super().__init__(message)
+        self.call = call
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes."""
+        return CudaError, (self.call, self.code, str(self))
+
+
 class ProtocolError(MoebiusError):
     """A signal from the future or a malformed message: ranks disagree about the order of calls, or memory is damaged.
 

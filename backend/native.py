@@ -24,6 +24,22 @@ def core() -> Any:
     return _core
 
 
+def cuda() -> Any:
+    """The extension with the CUDA engine; `_cuda.pyi` types what is in it. It loads where there is no GPU.
+
+    Raises:
+        NativeNotBuiltError: it is not there, or does not load.
+    """
+    try:
+        from . import _cuda
+    except ImportError as error:
+        raise NativeNotBuiltError(
+            f"moebius._cuda cannot be loaded ({error}); it is built where nvcc is on PATH, by `pip install .` or, in a "
+            "checkout, `make ext`"
+        ) from error
+    return _cuda
+
+
 def simd_level() -> str:
     """The SIMD level that the CPU engine runs at: what `MOEBIUS_SIMD` asks for, else the widest there is.
 

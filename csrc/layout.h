@@ -5,6 +5,7 @@
 // A heap has the same layout on every rank:
 //   control         the round counter and what a rank says of itself
 //   masks           the ranks that this one has given up
+//   refusals        the ranks that have given this one up; each written by that rank (CUDA engine)
 //   signals         D x R x {dispatch, combine}, one per 128 bytes
 //   dispatch inbox  D x R x M cells: every source may send all its tokens here
 //   combine inbox   D x rows: the source assigns the rows, so the count is exact
@@ -111,7 +112,7 @@ struct CellHead {
 struct HeapLayout {
   Shape shape;
   int64_t scales_in_cell, head_in_cell, cell_bytes, reply_stride;
-  int64_t control, masks, signals, dispatch_inbox, combine_inbox, workspace, total;
+  int64_t control, masks, refusals, signals, dispatch_inbox, combine_inbox, workspace, total;
   // In the workspace of a slot:
   int64_t num_sent, num_received, num_clean, reply_rows, cell_rows, workspace_bytes;
 
@@ -128,8 +129,9 @@ struct HeapLayout {
 
     h.control = 0;
     h.masks = align_up(sizeof(Control), kLineBytes);
-    h.signals =
+    h.refusals =
         h.masks + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // uint32 [R], 1: given up
+    h.signals = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
     h.dispatch_inbox = h.signals + int64_t{s.depth} * s.num_ranks * 2 * kLineBytes;
     h.combine_inbox = h.dispatch_inbox + s.depth * num_cells * h.cell_bytes;
     h.workspace =
@@ -148,7 +150,9 @@ struct HeapLayout {
   }
 
   MOEBIUS_HD constexpr int slot_of(uint64_t epoch) const {
-    return static_cast<int>(epoch % static_cast<uint64_t>(shape.depth));
+    const uint64_t depth = static_cast<uint64_t>(shape.depth);
+    // A GPU divides 64 bits in a hundred instructions.
+    return static_cast<int>((depth & (depth - 1)) == 0 ? epoch & (depth - 1) : epoch % depth);
   }
   MOEBIUS_HD constexpr int64_t signal(int slot, int src_rank, SignalKind kind) const {
     return signals +

@@ -13,6 +13,7 @@ from moebius.config import Config, Layout
 from moebius.errors import ConfigError, MoebiusError
 
 from .console import out
+from .cuda.suites import SUITES
 from .load_arrivals import PROCESSES
 from .load_rank import SIDES
 from .ranks import num_cores
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 ENGINES = ("auto", "cpu")
 USAGE_ERROR = 2
+CPU_EXPERTS = 64
+CPU_SECONDS, GPU_SECONDS = 1.5, 0.2
 
 
 def _numbers(text: str) -> list[int]:
@@ -75,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--repeat", type=int, default=1, help="interleaved repetitions of the sweep, for the spread (default 1)"
     )
-    bench.add_argument("--seconds", type=float, default=1.5, help="measuring time of a configuration (default 1.5)")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of a configuration (default {CPU_SECONDS}); on a GPU of each schedule ({GPU_SECONDS})",
+    )
     bench.add_argument("--tiny", action="store_true", help="one small configuration, a few rounds: only to see it work")
     bench.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("moebius-report/bench.csv"), metavar="PATH")
     bench.add_argument(
@@ -83,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     bench.add_argument("--routing-trace", type=pathlib.Path, metavar="FILE", help="recorded routings to replay")
+    _gpu_flags(bench)
 
     _load_flags(commands.add_parser("load", help="decode under open-loop arrivals, beside gloo: latency, SLO, knee"))
     add_flags(commands.add_parser("serve-bench", help="a model served by vLLM, over moebius and gloo in turn"))
@@ -93,6 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what runs here, what does not, and why")
     doctor.add_argument("--json", type=pathlib.Path, metavar="PATH")
     return parser
+
+
+def _gpu_flags(bench: argparse.ArgumentParser) -> None:
+    gpu = bench.add_argument_group("on a GPU")
+    gpu.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
+    gpu.add_argument("--virtual-ranks", type=int, default=0, metavar="R", help="all on one GPU (default 8)")
+    gpu.add_argument("--suite", choices=SUITES, help="decode: all that the engine is judged by, in under 8 minutes")
+    gpu.add_argument("--sms", type=_numbers, help="multiprocessors of a rank; 0: all, shared out (default 0)")
+    gpu.add_argument("--budget", type=float, default=440.0, metavar="S", help="begin no point after so long (440)")
+    gpu.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of results (default moebius-report/cuda)")
 
 
 def _load_flags(load: argparse.ArgumentParser) -> None:
@@ -122,7 +140,7 @@ def _shape_flags(
     parser: argparse.ArgumentParser,
     *,
     many: bool,
-    experts: int = 64,
+    experts: int = CPU_EXPERTS,
     topk: int = 8,
     hidden: int = 2048,
     tokens: int = 64,
@@ -133,7 +151,12 @@ def _shape_flags(
     number = _numbers if many else int
     ranks = "all powers of two" if any_ranks else "one per core, at least 2"
     parser.add_argument("--ranks", type=_numbers if any_ranks or many else int, help=f"processes (default: {ranks})")
-    parser.add_argument("--experts", type=int, default=experts, help=f"E, over all ranks (default {experts})")
+    parser.add_argument(
+        "--experts",
+        type=int,
+        default=None if many else experts,
+        help=f"E, over all ranks (default {experts}{'; 256 on a GPU' if many else ''})",
+    )
     parser.add_argument(
         "--topk", type=number, default=[topk] if many else topk, help=f"K, experts a token (default {topk})"
     )
@@ -176,8 +199,19 @@ def _demo(flags: argparse.Namespace) -> int:
 
 
 def _bench(flags: argparse.Namespace) -> int:
+    if flags.device == "cuda":
+        from .cuda.run import CudaOptions
+        from .cuda.run import run as run_on_gpu
+
+        flags.seconds = flags.seconds or GPU_SECONDS
+        measured = run_on_gpu(CudaOptions.from_flags(vars(flags)))
+        _write_json(flags.json, measured)
+        return 0 if measured["rows"] and not measured["errors"] else 1
     from .sweep import SweepOptions, run
 
+    if flags.suite or flags.virtual_ranks or flags.sms or flags.out:
+        raise ConfigError("`--suite`, `--virtual-ranks`, `--sms` and `--out` belong to `--device cuda`")
+    flags.experts, flags.seconds = flags.experts or CPU_EXPERTS, flags.seconds or CPU_SECONDS
     options = SweepOptions.from_flags(vars(flags))
     result = run(options)
     _write_json(flags.json, result)

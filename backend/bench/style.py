@@ -52,8 +52,10 @@ svg .value.gloo { fill: var(--gloo); }
 .curve { fill: none; stroke-width: 2.4; stroke-linejoin: round; }
 .curve.ours { stroke: var(--ours); }
 .curve.gloo { stroke: var(--gloo); }
+.curve.copy { stroke: var(--bound); stroke-dasharray: 4 3; }
 .dot.ours { fill: var(--ours); }
 .dot.gloo { fill: var(--gloo); }
+.dot.copy { fill: var(--bound); }
 .d1 { fill: var(--d1); }
 .d2 { fill: var(--d2); }
 .c1 { fill: var(--c1); }

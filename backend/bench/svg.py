@@ -185,11 +185,14 @@ class Series:
     points: Sequence[tuple[float, float]]
 
 
-def chart(label: str, series: Sequence[Series], x_label: str, limit_us: float, limit_label: str) -> str:
-    """Microseconds (up) over x (to the right), both logarithmic, and a dashed line at `limit_us`."""
+def chart(
+    label: str, series: Sequence[Series], x_label: str, limit_us: float | None = None, limit_label: str = ""
+) -> str:
+    """Microseconds (up) over x (to the right), both logarithmic, and a dashed line at `limit_us` if there is one."""
     width, height, left, right, top, bottom = 480.0, 300.0, 62.0, 16.0, 16.0, 48.0
     points = [point for one in series for point in one.points]
-    xs, ys = [x for x, _ in points] or [1.0], [y for _, y in points] + [limit_us]
+    limits = [] if limit_us is None else [limit_us]
+    xs, ys = [x for x, _ in points] or [1.0], ([y for _, y in points] + limits) or [1.0]
     x_low, x_high = min(xs) * 0.92, max(xs) * 1.08
     y_low, y_high = max(min(ys) * 0.7, 1e-3), max(ys) * 1.4
 
@@ -210,8 +213,9 @@ def chart(label: str, series: Sequence[Series], x_label: str, limit_us: float, l
         body.append(_line(at_x(tick), height - bottom, at_x(tick), height - bottom + 4, "axis"))
         body.append(_text(at_x(tick), height - bottom + 18, f"{tick:g}", "tick", "middle"))
     body.append(_text((left + width - right) / 2, height - 8, x_label, "tick", "middle"))
-    body.append(_line(left, at_y(limit_us), width - right, at_y(limit_us), "bound"))
-    body.append(_text(width - right, at_y(limit_us) + 14, limit_label, "bound-label", "end"))
+    for limit in limits:
+        body.append(_line(left, at_y(limit), width - right, at_y(limit), "bound"))
+        body.append(_text(width - right, at_y(limit) + 14, limit_label, "bound-label", "end"))
     for one in series:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in one.points)
         body.append(f'<polyline points="{path}" class="curve {one.style}"/>')

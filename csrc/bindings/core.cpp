@@ -135,8 +135,8 @@ void bind_engine(py::module_& m) {
                        const std::string& simd) {
              const cpu::EngineConfig config{shape,
                                             is_token_major,
-                                            static_cast<cpu::ScaleFormat>(scale_format),
-                                            static_cast<cpu::Dtype>(output_dtype),
+                                            static_cast<ScaleFormat>(scale_format),
+                                            static_cast<Dtype>(output_dtype),
                                             hidden,
                                             timeout_ns,
                                             num_cores};
@@ -166,17 +166,16 @@ void bind_engine(py::module_& m) {
               uintptr_t topk_weights,
               int64_t num_tokens) {
              const bool is_quantised = x_dtype >= 0;
-             const cpu::DispatchSend args{
-                 at(x),
-                 x_stride,
-                 is_quantised ? cpu::Encoding::kQuantise : cpu::Encoding::kCopy,
-                 static_cast<cpu::Dtype>(is_quantised ? x_dtype : 0),
-                 at(scales),
-                 scales_stride,
-                 at<const void>(topk_ids),
-                 has_int64_ids,
-                 at<const float>(topk_weights),
-                 num_tokens};
+             const cpu::DispatchSend args{at(x),
+                                          x_stride,
+                                          is_quantised ? Encoding::kQuantise : Encoding::kCopy,
+                                          static_cast<Dtype>(is_quantised ? x_dtype : 0),
+                                          at(scales),
+                                          scales_stride,
+                                          at<const void>(topk_ids),
+                                          has_int64_ids,
+                                          at<const float>(topk_weights),
+                                          num_tokens};
              const py::gil_scoped_release release;
              return self.engine->dispatch_send(args);
            })
@@ -242,7 +241,7 @@ void bind_engine(py::module_& m) {
       .def("mask",
            [](EngineWithHeaps& self, int rank, bool is_dead) { self.engine->mask(rank, is_dead); })
       .def("fault", [](const EngineWithHeaps& self) {
-        const cpu::Fault& f = self.engine->fault();
+        const Fault& f = self.engine->fault();
         py::dict d;
         d["kind"] = static_cast<int>(f.kind);
         d["rank"] = f.rank;

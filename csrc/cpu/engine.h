@@ -13,12 +13,11 @@
 #include "cpu/segment.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/wait.h"
+#include "fault.h"
+#include "formats.h"
 #include "layout.h"
 
 namespace moebius::cpu {
-
-// How x becomes a payload.
-enum class Encoding : int32_t { kCopy = 0, kQuantise = 1 };
 
 struct EngineConfig {
   Shape shape;
@@ -71,22 +70,6 @@ struct CombineRecv {
   int64_t num_tokens;         // rows of `out`; those past what was sent become zero
   const float* topk_weights;  // [T, K]; null with weights at dispatch
   int64_t* wait_stats;        // [R] ns, added to; may be null
-};
-
-enum class FaultKind : int32_t { kNone = 0, kRouting = 1, kTimeout = 2, kProtocol = 3 };
-enum class Reason : int32_t { kDeadline = 0, kDied = 1, kReported = 2 };
-
-// Why a half failed; read after it returned false.
-struct Fault {
-  FaultKind kind = FaultKind::kNone;
-  int rank = -1;  // to blame
-  int via = -1;   // through whom it was seen
-  Reason reason = Reason::kDeadline;
-  uint64_t epoch = 0;     // of the round that is lost
-  uint64_t expected = 0;  // epoch that was waited for
-  int64_t observed = -1;  // epoch in the word, -1 for none; the offending id for kRouting
-  int64_t waited_ns = 0;
-  int64_t token = -1, choice = -1;  // kRouting
 };
 
 class Engine {

@@ -22,10 +22,11 @@ struct Failure {
 // What the kernels of one rank tell each other. Private device memory, zero at first; no peer
 // touches it.
 struct LocalState {
-  uint32_t num_done[kNumHalves];  // blocks of the running kernel that are done; zero between kernels
-  uint64_t lost[kMaxDepth];       // per slot: 1 + the last round that this rank gave up
-  uint64_t remote_bytes;          // sent to other ranks so far, headers included
-  Failure failure;
+  uint32_t
+      num_done[kNumHalves];     // blocks of the running kernel that are done; zero between kernels
+  uint64_t lost[kMaxDepth];     // per slot: 1 + the last round that this rank gave up
+  uint64_t remote_bytes;        // sent to other ranks so far, headers included
+  Failure failures[kMaxDepth];  // per slot
 };
 
 // Host-visible (pinned) memory. The first fault stays until the host has taken it.
@@ -51,8 +52,8 @@ struct Rank {
   bool is_token_major;
 };
 
-// `handle`: one word of device memory, the number of the round; written by dispatch send and read by
-// the other halves.
+// `handle`: one word of device memory, the number of the round; written by dispatch send and read
+// by the other halves.
 struct DispatchSendParams {
   Rank self;
   uint64_t* handle;
@@ -75,13 +76,13 @@ struct DispatchRecvParams {
   const uint64_t* handle;
   // expert_major: [L, R*M] rows of payload. token_major: [R*M] rows. 16-byte aligned.
   std::byte* x;
-  std::byte* scales;         // element (l, row, group) at the strides below; null: none
-  int64_t scale_strides[3];  // bytes; of token_major the first is unused
-  int64_t scale_element;     // bytes
-  int32_t* src_info;         // expert_major: [L, R*M], else null
-  int64_t* layout_range;     // expert_major: [L, R], begin << 32 | count, else null
-  int32_t* topk_ids;         // token_major: [R*M, K], else null
-  float* topk_weights;       // token_major: [R*M, K], else null
+  std::byte* scales;           // element (l, row, group) at the strides below; null: none
+  int64_t scale_strides[3];    // bytes; of token_major the first is unused
+  int64_t scale_element;       // bytes
+  int32_t* src_info;           // expert_major: [L, R*M], else null
+  int64_t* layout_range;       // expert_major: [L, R], begin << 32 | count, else null
+  int32_t* topk_ids;           // token_major: [R*M, K], else null
+  float* topk_weights;         // token_major: [R*M, K], else null
   int32_t* expert_num_tokens;  // [L]
   int32_t* src_num_tokens;     // [R]
   void* expert_stats;          // [L] added to; may be null

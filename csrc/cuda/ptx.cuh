@@ -9,8 +9,8 @@
 
 namespace moebius::cuda {
 
-// Bulk copies came with sm_90; before, a warp copies by itself, 16 bytes a lane, and is done when it
-// returns.
+// Bulk copies came with sm_90; before, a warp copies by itself, 16 bytes a lane, and is done when
+// it returns.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasBulk = false;
 #else
@@ -26,14 +26,17 @@ MOEBIUS_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; 
 
 MOEBIUS_DEVICE void sync_block() { __syncthreads(); }
 MOEBIUS_DEVICE void sync_warp() { __syncwarp(); }
-MOEBIUS_DEVICE void sync_group(int barrier, int num_threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-}
-
 MOEBIUS_DEVICE uint32_t ballot(bool b) { return __ballot_sync(~0u, b); }
 template <class T>
 MOEBIUS_DEVICE T shfl(T v, int from) {
   return __shfl_sync(~0u, v, from);
+}
+MOEBIUS_DEVICE std::byte* shfl(std::byte* v, int from) {
+  return reinterpret_cast<std::byte*>(
+      __shfl_sync(~0u, reinterpret_cast<unsigned long long>(v), from));
+}
+MOEBIUS_DEVICE const std::byte* shfl(const std::byte* v, int from) {
+  return shfl(const_cast<std::byte*>(v), from);
 }
 template <class T>
 MOEBIUS_DEVICE T shfl_xor(T v, int mask) {
@@ -165,13 +168,13 @@ MOEBIUS_DEVICE void warp_bulk_load(void* shared,
                                    Barrier* b) {
   if constexpr (kHasBulk) {
     if (lane() == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                       shared_address(b)),
-                   "r"(num_bytes)
-                   : "memory");
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          ::"r"(shared_address(shared)),
+          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+          "r"(num_bytes)
+          : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+          "[%3];" ::"r"(shared_address(shared)),
           "l"(global),
           "r"(num_bytes),
           "r"(shared_address(b))
@@ -235,9 +238,13 @@ MOEBIUS_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 MOEBIUS_DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 // Two e4m3 numbers, `lo` in the low byte; NaN stays NaN, what is too large becomes 448.
 MOEBIUS_DEVICE uint32_t e4m3x2(float lo, float hi) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  return __nv_cvt_float2_to_fp8x2(make_float2(lo, hi), __NV_SATFINITE, __NV_E4M3);
+#else
   uint16_t packed;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(hi), "f"(lo));
   return packed;
+#endif
 }
 MOEBIUS_DEVICE float float_of_bf16(uint32_t half) { return __uint_as_float(half << 16); }
 MOEBIUS_DEVICE uint32_t bf16_of(float f) {

@@ -1,5 +1,6 @@
 // What the host side needs of a device, implemented for CUDA (csrc/cuda/runtime.cu) and for the
-// host executor (csrc/simt/runtime.cpp). Everything throws DeviceError.
+// host executor (csrc/simt/runtime.cpp). Everything throws DeviceError, and is about the current
+// device of the calling thread.
 #pragma once
 
 #include <stddef.h>
@@ -32,5 +33,11 @@ void release_pinned(void* p) noexcept;
 void copy(void* to, const void* from, size_t num_bytes);  // any direction; synchronises
 int num_multiprocessors();
 size_t max_shared_bytes();  // of one block
+
+int num_devices();
+int exchange_device(int device);  // makes it the current one; returns which was
+void synchronize();               // waits for all work of the device
+// Number of the capture that the stream is part of, never 0; 0 where it is not capturing.
+uint64_t capture_id(Stream stream);
 
 }  // namespace moebius::cuda

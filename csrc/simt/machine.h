@@ -177,6 +177,7 @@ struct Stream {
   std::deque<std::shared_ptr<Launch>> launches;  // not over; the first ones run
   View end;                                      // of all that is over
   bool is_capturing = false;
+  uint64_t num_captures = 0;  // begun so far
   Graph captured;
 };
 

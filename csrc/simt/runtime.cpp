@@ -47,4 +47,15 @@ int num_multiprocessors() { return simt::World::process().options().num_multipro
 
 size_t max_shared_bytes() { return simt::World::process().options().max_shared_bytes; }
 
+// All ranks' memory is the host's: one device.
+int num_devices() { return 1; }
+int exchange_device(int /*device*/) { return 0; }
+
+void synchronize() { simt::World::process().run_until_idle(); }
+
+uint64_t capture_id(Stream stream) {
+  const auto* const s = static_cast<const simt::Stream*>(stream);
+  return s != nullptr && s->is_capturing ? s->num_captures : 0;
+}
+
 }  // namespace moebius::cuda

@@ -245,6 +245,7 @@ void World::begin_capture(Stream* stream) {
   Hold hold;
   if (stream->is_capturing) throw Error("begin_capture: the stream is capturing");
   stream->is_capturing = true;
+  ++stream->num_captures;
   stream->captured.clear();
 }
 

@@ -4,11 +4,9 @@
 
 #include <stdint.h>
 
+#include "formats.h"
+
 namespace moebius::cpu {
-
-enum class Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
-
-enum class ScaleFormat : int32_t { kFp32 = 0, kPow2 = 1, kUe8m0 = 2 };
 
 struct Kernels {
   const char* name;

@@ -1,0 +1,1 @@
+"""Benchmarks of the CUDA engine: `python -m moebius bench --device cuda`."""

@@ -1,0 +1,281 @@
+// Python's view of the CUDA engine, and, of the same source with MOEBIUS_SIMT, of the one on the
+// host executor. Raw addresses and integers only. backend/_cuda.pyi types it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <vector>
+
+#include "cuda/engine.h"
+
+#if defined(MOEBIUS_SIMT)
+#include "bindings/simt.h"
+#endif
+
+namespace py = pybind11;
+
+namespace moebius::cuda {
+namespace {
+
+template <class T = const std::byte>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Stream stream_at(uintptr_t address) { return reinterpret_cast<Stream>(address); }
+
+// Without the GIL: a launch waits while the stream's queue is full, perhaps for a rank that another
+// thread of Python has yet to launch.
+template <class Params>
+int run(Engine& self,
+        Outcome (Engine::*half)(Stream, uint64_t, Params&),
+        uintptr_t stream,
+        uint64_t capture,
+        Params& params) {
+  const py::gil_scoped_release release;
+  return static_cast<int>((self.*half)(stream_at(stream), capture, params));
+}
+
+std::unique_ptr<Engine> make_engine(int num_ranks,
+                                    int num_experts,
+                                    int num_topk,
+                                    int max_num_tokens,
+                                    int depth,
+                                    int64_t payload_bytes,
+                                    int64_t scale_bytes,
+                                    int64_t reply_bytes,
+                                    bool has_weights,
+                                    bool is_token_major,
+                                    int scale_format,
+                                    int output_dtype,
+                                    int64_t hidden,
+                                    int64_t timeout_ns,
+                                    int num_sms,
+                                    int device,
+                                    int rank,
+                                    const std::vector<uintptr_t>& heaps) {
+  const Shape shape{num_ranks,
+                    num_experts,
+                    num_topk,
+                    max_num_tokens,
+                    depth,
+                    payload_bytes,
+                    scale_bytes,
+                    reply_bytes,
+                    has_weights};
+  const EngineConfig config{shape,
+                            is_token_major,
+                            static_cast<ScaleFormat>(scale_format),
+                            static_cast<Dtype>(output_dtype),
+                            hidden,
+                            timeout_ns,
+                            num_sms,
+                            device};
+  std::vector<std::byte*> addresses;
+  for (uintptr_t heap : heaps) addresses.push_back(at<std::byte>(heap));
+  return std::make_unique<Engine>(config, rank, addresses);
+}
+
+int dispatch_send(Engine& self,
+                  uintptr_t stream,
+                  uint64_t capture,
+                  uintptr_t handle,
+                  uintptr_t x,
+                  int64_t x_stride,
+                  int x_dtype,
+                  uintptr_t scales,
+                  int64_t scales_stride,
+                  uintptr_t topk_ids,
+                  bool has_int64_ids,
+                  uintptr_t topk_weights,
+                  int64_t num_tokens,
+                  uintptr_t num_valid_tokens,
+                  bool has_int64_valid) {
+  const bool is_quantised = x_dtype >= 0;
+  DispatchSendParams params{{},
+                            at<uint64_t>(handle),
+                            at(x),
+                            x_stride,
+                            is_quantised ? Encoding::kQuantise : Encoding::kCopy,
+                            static_cast<Dtype>(is_quantised ? x_dtype : 0),
+                            at(scales),
+                            scales_stride,
+                            at<const void>(topk_ids),
+                            has_int64_ids,
+                            at<const float>(topk_weights),
+                            num_tokens,
+                            at<const void>(num_valid_tokens),
+                            has_int64_valid};
+  return run(self, &Engine::dispatch_send, stream, capture, params);
+}
+
+int dispatch_recv(Engine& self,
+                  uintptr_t stream,
+                  uint64_t capture,
+                  uintptr_t handle,
+                  uintptr_t x,
+                  uintptr_t scales,
+                  int64_t expert_stride,
+                  int64_t row_stride,
+                  int64_t group_stride,
+                  int64_t scale_element,
+                  uintptr_t src_info,
+                  uintptr_t layout_range,
+                  uintptr_t topk_ids,
+                  uintptr_t topk_weights,
+                  uintptr_t expert_num_tokens,
+                  uintptr_t src_num_tokens,
+                  uintptr_t expert_stats,
+                  bool has_int64_stats,
+                  uintptr_t wait_stats) {
+  DispatchRecvParams params{{},
+                            at<const uint64_t>(handle),
+                            at<std::byte>(x),
+                            at<std::byte>(scales),
+                            {expert_stride, row_stride, group_stride},
+                            scale_element,
+                            at<int32_t>(src_info),
+                            at<int64_t>(layout_range),
+                            at<int32_t>(topk_ids),
+                            at<float>(topk_weights),
+                            at<int32_t>(expert_num_tokens),
+                            at<int32_t>(src_num_tokens),
+                            at<void>(expert_stats),
+                            has_int64_stats,
+                            at<int64_t>(wait_stats)};
+  return run(self, &Engine::dispatch_recv, stream, capture, params);
+}
+
+int combine_send(Engine& self,
+                 uintptr_t stream,
+                 uint64_t capture,
+                 uintptr_t handle,
+                 uintptr_t expert_out,
+                 int64_t expert_stride,
+                 int64_t row_stride) {
+  CombineSendParams params{
+      {}, at<const uint64_t>(handle), at(expert_out), expert_stride, row_stride};
+  return run(self, &Engine::combine_send, stream, capture, params);
+}
+
+int combine_recv(Engine& self,
+                 uintptr_t stream,
+                 uint64_t capture,
+                 uintptr_t handle,
+                 uintptr_t out,
+                 int64_t out_stride,
+                 int64_t num_tokens,
+                 uintptr_t topk_weights,
+                 uintptr_t wait_stats) {
+  CombineRecvParams params{{},
+                           at<const uint64_t>(handle),
+                           at<std::byte>(out),
+                           out_stride,
+                           num_tokens,
+                           at<const float>(topk_weights),
+                           at<int64_t>(wait_stats)};
+  return run(self, &Engine::combine_recv, stream, capture, params);
+}
+
+py::object take_fault(Engine& self) {
+  const std::optional<FaultRecord> record = self.take_fault();
+  if (!record) return py::none();
+  const Fault& f = record->fault;
+  py::dict d;
+  d["half"] = static_cast<int>(record->half);
+  d["kind"] = static_cast<int>(f.kind);
+  d["rank"] = f.rank;
+  d["via"] = f.via;
+  d["reason"] = static_cast<int>(f.reason);
+  d["epoch"] = f.epoch;
+  d["expected"] = f.expected;
+  d["observed"] = f.observed;
+  d["waited_us"] = static_cast<double>(f.waited_ns) / 1e3;
+  d["token"] = f.token;
+  d["choice"] = f.choice;
+  return std::move(d);
+}
+
+void bind_engine(py::module_& m) {
+  // What waits for the device lets other threads of Python on: their ranks may be what it waits
+  // for.
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<Engine>(m, "Engine")
+      .def(py::init(&make_engine),
+           py::kw_only(),
+           py::arg("num_ranks"),
+           py::arg("num_experts"),
+           py::arg("num_topk"),
+           py::arg("max_num_tokens"),
+           py::arg("depth"),
+           py::arg("payload_bytes"),
+           py::arg("scale_bytes"),
+           py::arg("reply_bytes"),
+           py::arg("has_weights"),
+           py::arg("is_token_major"),
+           py::arg("scale_format"),
+           py::arg("output_dtype"),
+           py::arg("hidden"),
+           py::arg("timeout_ns"),
+           py::arg("num_sms"),
+           py::arg("device"),
+           py::arg("rank"),
+           py::arg("heaps"))
+      .def("dispatch_send", &dispatch_send)
+      .def("dispatch_recv", &dispatch_recv)
+      .def("combine_send", &combine_send)
+      .def("combine_recv", &combine_recv)
+      .def("has_fault", &Engine::has_fault)
+      .def("take_fault", &take_fault)
+      .def("num_rounds", &Engine::num_rounds, Unlocked())
+      .def("remote_bytes", &Engine::remote_bytes, Unlocked())
+      .def("dead", &Engine::dead, Unlocked())
+      .def("mask", &Engine::mask, Unlocked())
+      .def(
+          "round_of",
+          [](const Engine& self, uintptr_t handle) {
+            return self.round_of(at<const uint64_t>(handle));
+          },
+          Unlocked())
+      .def("synchronize", &Engine::synchronize, Unlocked());
+}
+
+void bind_memory(py::module_& m) {
+  py::class_<Memory>(m, "Memory")
+      .def(py::init<int, size_t>(), py::arg("device"), py::arg("num_bytes"))
+      .def_property_readonly("address",
+                             [](const Memory& m) { return reinterpret_cast<uintptr_t>(m.data()); })
+      .def_property_readonly("num_bytes", &Memory::num_bytes);
+  m.def("num_devices", &num_devices);
+  m.def("num_multiprocessors", [](int device) {
+    const DeviceScope scope(device);
+    return num_multiprocessors();
+  });
+  m.def("capture_id", [](uintptr_t stream) { return capture_id(stream_at(stream)); });
+}
+
+// Raised as moebius.CudaError, which carries the call and its code.
+void translate(std::exception_ptr raised) {
+  try {
+    if (raised) std::rethrow_exception(raised);
+  } catch (const DeviceError& error) {
+    const py::object type = py::module_::import("moebius.errors").attr("CudaError");
+    PyErr_SetObject(type.ptr(), type(error.call, error.code, error.what()).ptr());
+  }
+}
+
+}  // namespace
+}  // namespace moebius::cuda
+
+#if defined(MOEBIUS_SIMT)
+PYBIND11_MODULE(_simt, m) {
+  m.doc() = "moebius CUDA engine on the host executor; for tests";
+  moebius::simt::bind(m);
+#else
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "moebius CUDA engine";
+#endif
+  py::register_exception_translator(moebius::cuda::translate);
+  moebius::cuda::bind_memory(m);
+  moebius::cuda::bind_engine(m);
+}

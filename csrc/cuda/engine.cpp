@@ -1,0 +1,159 @@
+#include "cuda/engine.h"
+
+#include <algorithm>
+
+#include "cuda/launchers.h"
+
+namespace moebius::cuda {
+namespace {
+
+constexpr int64_t kStateBytes = align_up(sizeof(LocalState), kLineBytes);
+
+int64_t heaps_bytes(int num_ranks) {
+  return align_up(num_ranks * int64_t{sizeof(std::byte*)}, kLineBytes);
+}
+
+int64_t private_bytes(const Shape& s) {
+  return kStateBytes + heaps_bytes(s.num_ranks) + s.num_local_experts() * int64_t{sizeof(int32_t)};
+}
+
+template <class T>
+T read(const void* at) {
+  T value;
+  copy(&value, at, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+void DeviceScope::leave() noexcept {
+  try {
+    exchange_device(before_);
+  } catch (const DeviceError&) {
+    // It was current a moment ago; whatever is wrong, the next call finds it.
+  }
+}
+
+Memory::Memory(int device, size_t num_bytes, Kind kind)
+    : device_(device), num_bytes_(num_bytes), kind_(kind) {
+  const DeviceScope scope(device);
+  void* p = kind == Kind::kPinned ? allocate_pinned(num_bytes) : allocate(num_bytes);
+  data_ = static_cast<std::byte*>(p);
+}
+
+Memory::~Memory() {
+  try {
+    const DeviceScope scope(device_);
+    if (kind_ == Kind::kPinned) {
+      release_pinned(data_);
+    } else {
+      release(data_);
+    }
+  } catch (const DeviceError&) {
+    // The device is gone, and its memory with it.
+  }
+}
+
+Engine::Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps)
+    : device_(config.device),
+      num_ranks_(config.shape.num_ranks),
+      private_(config.device, static_cast<size_t>(private_bytes(config.shape))),
+      pinned_(config.device, sizeof(FaultRecord), Memory::Kind::kPinned) {
+  const DeviceScope scope(device_);
+  num_sms_ = num_multiprocessors();
+  if (config.num_sms > 0) num_sms_ = std::min(num_sms_, config.num_sms);
+
+  std::byte* at = private_.data() + kStateBytes;
+  copy(at, heaps.data(), heaps.size() * sizeof(std::byte*));
+  self_.layout = HeapLayout::of(config.shape);
+  self_.heaps = reinterpret_cast<std::byte* const*>(at);
+  self_.heap = heaps.at(static_cast<size_t>(rank));
+  self_.state = reinterpret_cast<LocalState*>(private_.data());
+  self_.expert_counts = reinterpret_cast<int32_t*>(at + heaps_bytes(num_ranks_));
+  self_.record = reinterpret_cast<FaultRecord*>(pinned_.data());
+  self_.timeout_ns = config.timeout_ns;
+  self_.hidden = config.hidden;
+  self_.rank = rank;
+  self_.output_dtype = config.output_dtype;
+  self_.scale_format = config.scale_format;
+  self_.is_token_major = config.is_token_major;
+}
+
+template <class Params>
+Outcome Engine::run(void (*launcher)(const Params&, int, Stream),
+                    Stream stream,
+                    uint64_t capture,
+                    Params& params) {
+  if (has_fault()) return Outcome::kFault;
+  const DeviceScope scope(device_);
+  if (capture_id(stream) != capture) return Outcome::kOtherCapture;
+  params.self = self_;
+  launcher(params, num_sms_, stream);
+  return Outcome::kLaunched;
+}
+
+Outcome Engine::dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params) {
+  return run(launch_dispatch_send, stream, capture, params);
+}
+
+Outcome Engine::dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params) {
+  return run(launch_dispatch_recv, stream, capture, params);
+}
+
+Outcome Engine::combine_send(Stream stream, uint64_t capture, CombineSendParams& params) {
+  return run(launch_combine_send, stream, capture, params);
+}
+
+Outcome Engine::combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params) {
+  return run(launch_combine_recv, stream, capture, params);
+}
+
+bool Engine::has_fault() const {
+  // Pairs with the kernel's release: the rest of the record is there.
+  return __atomic_load_n(&self_.record->is_set, __ATOMIC_ACQUIRE) != 0;
+}
+
+std::optional<FaultRecord> Engine::take_fault() {
+  if (!has_fault()) return std::nullopt;
+  const FaultRecord taken = *self_.record;
+  // From here on a kernel may fill it again.
+  __atomic_store_n(&self_.record->is_set, 0u, __ATOMIC_RELEASE);
+  return taken;
+}
+
+uint64_t Engine::num_rounds() const {
+  const DeviceScope scope(device_);
+  return read<Control>(self_.heap + self_.layout.control).epoch;
+}
+
+int64_t Engine::remote_bytes() const {
+  const DeviceScope scope(device_);
+  return static_cast<int64_t>(read<LocalState>(self_.state).remote_bytes);
+}
+
+std::vector<bool> Engine::dead() const {
+  const DeviceScope scope(device_);
+  std::vector<uint32_t> words(static_cast<size_t>(num_ranks_));
+  copy(words.data(), self_.heap + self_.layout.masks, words.size() * sizeof(uint32_t));
+  std::vector<bool> dead;
+  for (uint32_t word : words) dead.push_back(word != 0);
+  return dead;
+}
+
+void Engine::mask(int rank, bool is_dead) {
+  const DeviceScope scope(device_);
+  const uint32_t word = is_dead ? 1 : 0;
+  copy(self_.heap + self_.layout.masks + rank * int64_t{sizeof word}, &word, sizeof word);
+}
+
+uint64_t Engine::round_of(const uint64_t* handle) const {
+  const DeviceScope scope(device_);
+  return read<uint64_t>(handle);
+}
+
+void Engine::synchronize() const {
+  const DeviceScope scope(device_);
+  cuda::synchronize();
+}
+
+}  // namespace moebius::cuda

@@ -1,0 +1,117 @@
+// The CUDA engine: one rank's four halves as kernel launches over heaps that its device can
+// address.
+//
+// Nothing here waits for the device, and a half neither allocates nor synchronises: what goes wrong
+// in a kernel is recorded in pinned memory and told by the next call. The same source serves the
+// host executor (MOEBIUS_SIMT). Order of calls: backend/cuda/engine.py.
+#pragma once
+
+#include <stdint.h>
+
+#include <cstddef>
+#include <optional>
+#include <vector>
+
+#include "cuda/params.h"
+#include "cuda/runtime.h"
+#include "fault.h"
+#include "layout.h"
+
+namespace moebius::cuda {
+
+struct EngineConfig {
+  Shape shape;
+  bool is_token_major;
+  ScaleFormat scale_format;
+  Dtype output_dtype;
+  int64_t hidden;
+  int64_t timeout_ns;
+  int num_sms;  // most blocks of a kernel; 0: as many as the device has SMs
+  int device;
+};
+
+// Makes a device the current one of this thread while it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) : device_(device), before_(exchange_device(device)) {}
+  ~DeviceScope() {
+    if (before_ != device_) leave();
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  void leave() noexcept;
+  const int device_;
+  const int before_;
+};
+
+// Memory of one device (or pinned memory of the host), zeroed; freed with this.
+class Memory {
+ public:
+  enum class Kind { kDevice, kPinned };
+  Memory(int device, size_t num_bytes, Kind kind = Kind::kDevice);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  std::byte* data() const { return data_; }
+  size_t num_bytes() const { return num_bytes_; }
+
+ private:
+  const int device_;
+  const size_t num_bytes_;
+  const Kind kind_;
+  std::byte* data_ = nullptr;
+};
+
+// What became of a half.
+enum class Outcome : int32_t {
+  kLaunched = 0,
+  kFault = 1,         // nothing was launched: an earlier half failed, see take_fault()
+  kOtherCapture = 2,  // nothing was launched: the stream is not part of the round's capture
+};
+
+class Engine {
+ public:
+  // `heaps[r]`: address of rank r's heap on this device. Throws DeviceError.
+  Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps);
+
+  // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
+  // that the round belongs to, 0 for none.
+  Outcome dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params);
+  Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
+  Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
+  Outcome combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params);
+
+  bool has_fault() const;
+  // The first fault since the last time that it was asked for.
+  std::optional<FaultRecord> take_fault();
+
+  // What follows reads or writes device memory, and waits for its own copy only.
+  uint64_t num_rounds() const;     // begun on the device, replayed ones included
+  int64_t remote_bytes() const;    // sent to other ranks so far, headers included
+  std::vector<bool> dead() const;  // [R] whether this rank has given that one up
+  void mask(int rank, bool is_dead);
+  uint64_t round_of(const uint64_t* handle) const;
+
+  void synchronize() const;  // waits for all work of the device
+  const HeapLayout& layout() const { return self_.layout; }
+
+ private:
+  template <class Params>
+  Outcome run(void (*launcher)(const Params&, int, Stream),
+              Stream stream,
+              uint64_t capture,
+              Params& params);
+  LocalState& state() const;
+
+  const int device_;
+  const int num_ranks_;
+  int num_sms_ = 0;
+  Memory private_;  // LocalState, the addresses of the heaps, expert_counts
+  Memory pinned_;   // FaultRecord
+  Rank self_{};
+};
+
+}  // namespace moebius::cuda

@@ -1,0 +1,172 @@
+// csrc/cuda/runtime.h and launch.cuh over the CUDA runtime, which is linked statically and finds
+// the driver by itself: the extension loads where there is none, and the first call says so.
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+#include <atomic>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "cuda/launch.cuh"
+#include "cuda/runtime.h"
+
+namespace moebius::cuda {
+namespace {
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// What is missing, where the error is one of the machine and not of a call.
+std::string explain(cudaError_t error) {
+  const std::string text = cudaGetErrorString(error);
+  int driver = 0;
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+        return "no NVIDIA driver here (libcuda.so.1)";
+      }
+      return "the NVIDIA driver is too old: it speaks CUDA " + version_text(driver) +
+             ", this build needs " + version_text(CUDART_VERSION);
+    case cudaErrorNoDevice:
+      return "the NVIDIA driver is here, but no GPU that it shows (see CUDA_VISIBLE_DEVICES)";
+    case cudaErrorNoKernelImageForDevice:
+      return text + ": build for this GPU with MOEBIUS_CUDA_ARCHS";
+    default:
+      return text;
+  }
+}
+
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next check that somebody else makes would find it
+  throw DeviceError(call, static_cast<int>(error), explain(error));
+}
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Guards what is prepared once: kernels, by device.
+std::mutex prepared_mutex;
+std::set<std::pair<const void*, int>> prepared;
+
+// Allows the kernel all the shared memory that a block can have. Once: this is a call to the
+// driver, and is not allowed to be one of a capture.
+void prepare(const void* kernel) {
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(prepared_mutex);
+  if (!prepared.emplace(kernel, device).second) return;
+  check(cudaFuncSetAttribute(kernel,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(max_shared_bytes())),
+        "cudaFuncSetAttribute");
+}
+
+constexpr size_t kPlainSharedBytes = 48 << 10;  // what every kernel may have unasked (CUDA guide)
+constexpr int kMaxDevices = 64;                 // arbitrary, far above what a host holds
+
+// Whether launches on the current device may overlap: asked once per device.
+bool can_overlap() {
+  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked, 1: no, 2: yes
+  const int device = current_device();
+  std::atomic<int8_t>& answer = known[device % kMaxDevices];
+  if (answer == 0) answer = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 2 : 1;
+  return answer == 2;
+}
+
+}  // namespace
+
+void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream) {
+  if (shape.shared_bytes > kPlainSharedBytes) prepare(kernel);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap() ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
+}
+
+void* allocate(size_t num_bytes) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, num_bytes), "cudaMalloc");
+  try {
+    check(cudaMemset(p, 0, num_bytes), "cudaMemset");
+    // The streams that will use it need not be ordered after the legacy one.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
+  } catch (...) {
+    release(p);
+    throw;
+  }
+  return p;
+}
+
+void release(void* p) noexcept { cudaFree(p); }
+
+void* allocate_pinned(size_t num_bytes) {
+  void* p = nullptr;
+  check(cudaHostAlloc(&p, num_bytes, cudaHostAllocPortable | cudaHostAllocMapped), "cudaHostAlloc");
+  memset(p, 0, num_bytes);
+  return p;
+}
+
+void release_pinned(void* p) noexcept { cudaFreeHost(p); }
+
+void copy(void* to, const void* from, size_t num_bytes) {
+  // Not on the legacy stream: it would wait for kernels of ours that wait for other ranks, whose
+  // own this thread may have yet to launch.
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  cudaError_t error = cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  check(error, "cudaMemcpyAsync");
+}
+
+int num_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+size_t max_shared_bytes() {
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+int num_devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  return count;
+}
+
+int exchange_device(int device) {
+  const int before = current_device();
+  if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+  return before;
+}
+
+void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
+uint64_t capture_id(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id),
+        "cudaStreamGetCaptureInfo");
+  if (status == cudaStreamCaptureStatusInvalidated) {
+    check(cudaErrorStreamCaptureInvalidated, "cudaStreamGetCaptureInfo");
+  }
+  return status == cudaStreamCaptureStatusActive ? id + 1 : 0;
+}
+
+}  // namespace moebius::cuda
