@@ -107,9 +107,10 @@ class Engine {
   LocalState& state() const;
 
   const int device_;
+  const int rank_;
   const int num_ranks_;
+  const std::vector<std::byte*> heaps_;
   int num_sms_ = 0;
-  const std::vector<std::byte*> addresses_;  // of the heaps
   Memory private_;  // LocalState, the addresses of the heaps, expert_counts
   Memory pinned_;   // FaultRecord
   Rank self_{};
