@@ -79,7 +79,9 @@ std::byte* World::take_shared() {
   return shared;
 }
 
-World::World(const Options& options) : options_(options), bulk_(*this) { configure(); }
+World::World(const Options& options) : options_(options), bulk_(*this), network_(*this) {
+  configure();
+}
 
 World::~World() {
   Hold hold;
