@@ -104,7 +104,7 @@ class Engine {
               Stream stream,
               uint64_t capture,
               Params& params);
-  LocalState& state() const;
+  void load_kernels() const;
 
   const int device_;
   const int rank_;
