@@ -170,5 +170,6 @@ def _cannot_reach(rank: int, peer: int, how: str, about: list[About], machine: M
 
 def _close(mapped: list[shared.Mapped], machine: Machine) -> None:
     with torch.cuda.device(machine.device):
+        torch.cuda.synchronize()  # unmapping waits for nothing
         for one in mapped:
             one.close()

@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "cuda/launchers.h"
+#if !defined(MOEBIUS_SIMT)
+#include "cuda/launch.cuh"
+#endif
 
 namespace moebius::cuda {
 namespace {
@@ -79,6 +82,36 @@ Engine::Engine(const EngineConfig& config, int rank, const std::vector<std::byte
   self_.output_dtype = config.output_dtype;
   self_.scale_format = config.scale_format;
   self_.is_token_major = config.is_token_major;
+  load_kernels();
+}
+
+void Engine::load_kernels() const {
+#if !defined(MOEBIUS_SIMT)  // the host executor has nothing to load
+  const LoadOnly load_only;
+  DispatchSendParams send{};
+  send.self = self_;
+  send.num_tokens = self_.layout.shape.max_num_tokens;
+  send.encoding = Encoding::kCopy;
+  launch_dispatch_send(send, num_sms_, nullptr);
+  send.encoding = Encoding::kQuantise;
+  for (Dtype dtype : {Dtype::kBf16, Dtype::kFp16, Dtype::kFp32}) {
+    if (self_.layout.shape.scale_bytes == 0) break;  // this payload is never quantised
+    send.x_dtype = dtype;
+    launch_dispatch_send(send, num_sms_, nullptr);
+  }
+  DispatchRecvParams receive{};
+  receive.self = self_;
+  launch_dispatch_recv(receive, num_sms_, nullptr);
+  CombineSendParams reply{};
+  reply.self = self_;
+  launch_combine_send(reply, num_sms_, nullptr);
+  CombineRecvParams sum{};
+  sum.self = self_;
+  sum.num_tokens = self_.layout.shape.max_num_tokens;
+  const float any_weight = 0;  // only whether there is one matters here
+  sum.topk_weights = self_.layout.shape.has_weights ? nullptr : &any_weight;
+  launch_combine_recv(sum, num_sms_, nullptr);
+#endif
 }
 
 template <class Params>
@@ -157,9 +190,9 @@ uint64_t Engine::round_of(const uint64_t* handle) const {
   return read<uint64_t>(handle);
 }
 
-void Engine::synchronize() const {
+void Engine::synchronize(Stream stream) const {
   const DeviceScope scope(device_);
-  cuda::synchronize();
+  cuda::synchronize(stream);
 }
 
 }  // namespace moebius::cuda

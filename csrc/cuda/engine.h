@@ -95,7 +95,7 @@ class Engine {
   void mask(int rank, bool is_dead);
   uint64_t round_of(const uint64_t* handle) const;
 
-  void synchronize() const;  // waits for all work of the device
+  void synchronize(Stream stream) const;  // waits for all that was enqueued there
   const HeapLayout& layout() const { return self_.layout; }
 
  private:
@@ -104,7 +104,7 @@ class Engine {
               Stream stream,
               uint64_t capture,
               Params& params);
-  LocalState& state() const;
+  void load_kernels() const;
 
   const int device_;
   const int rank_;

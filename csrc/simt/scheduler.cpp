@@ -98,10 +98,15 @@ void World::wake(Thread& thread) {
   reclassify(warp);
 }
 
-void World::fail(const std::string& what) {
-  record_failure(name_of(*current) + ": " + what);
+// Leaves nothing on the heap that only the stack it gives up knows of.
+void World::fail(std::string what) {
+  record_failure_of_current(std::move(what));
   leave(current->context, scheduler_, false);
   std::abort();  // what failed is never entered again
+}
+
+void World::record_failure_of_current(std::string what) {
+  record_failure(name_of(*current) + ": " + what);
 }
 
 void World::record_failure(const std::string& what) {
@@ -237,6 +242,12 @@ World::Outcome World::poll() {
   return Outcome::kWorked;
 }
 
+// Of all worlds, with their stacks, as long as the process lives.
+std::vector<std::unique_ptr<Thread>>& World::free_threads() {
+  static auto& list = *new std::vector<std::unique_ptr<Thread>>;
+  return list;
+}
+
 Block* World::take_block() {
   if (free_blocks_.empty()) return new Block;
   Block* const block = free_blocks_.back().release();
@@ -261,12 +272,13 @@ bool World::start_block(Launch& launch) {
   block->barriers.clear();
   block->warps.resize(static_cast<size_t>(block->num_warps));
   for (int i = 0; i < shape.num_threads; ++i) {
-    if (free_threads_.empty()) {
-      free_threads_.push_back(std::make_unique<Thread>());
-      free_threads_.back()->stack = stacks_.take();
+    if (free_threads().empty()) {
+      static StackPool& stacks = *new StackPool;
+      free_threads().push_back(std::make_unique<Thread>());
+      free_threads().back()->stack = stacks.take();
     }
-    block->threads.push_back(std::move(free_threads_.back()));
-    free_threads_.pop_back();
+    block->threads.push_back(std::move(free_threads().back()));
+    free_threads().pop_back();
     Thread& t = *block->threads.back();
     t.block = block;
     t.index = i;
@@ -337,7 +349,7 @@ void World::retire(Block& block) {
   blocks_.erase(std::find(blocks_.begin(), blocks_.end(), &block));
   memory_.settle(block.shared, launch.shape().shared_bytes);
   free_shared().push_back(block.shared);
-  for (auto& t : block.threads) free_threads_.push_back(std::move(t));
+  for (auto& t : block.threads) free_threads().push_back(std::move(t));
   block.threads.clear();
   free_blocks_.emplace_back(&block);
   ++launch.num_ended;
@@ -358,7 +370,7 @@ void World::stop_all() {
   bulk_.clear();
   network_.clear();
   for (Block* block : blocks_) {
-    for (auto& t : block->threads) free_threads_.push_back(std::move(t));
+    for (auto& t : block->threads) free_threads().push_back(std::move(t));
     block->threads.clear();
     free_shared().push_back(block->shared);
     free_blocks_.emplace_back(block);

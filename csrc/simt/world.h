@@ -84,8 +84,8 @@ class World {
   // Stores that a rank's threads can know and those of other ranks cannot.
   std::vector<RecordRef>& known_to_rank(int rank) { return known_to_rank_[rank]; }
   void check_global(const Thread& by, const void* p, size_t n, bool is_gpu_atomic);
-  [[noreturn]] void fail(const std::string& what);  // on a fiber
-  void record_failure(const std::string& what);     // elsewhere
+  [[noreturn]] void fail(std::string what);      // on a fiber
+  void record_failure(const std::string& what);  // elsewhere
   bool has_failed() const { return !failure_.empty(); }
   void block_thread(Thread& thread, Wait wait, const Site& site, const void* awaited);
   void yield(Thread& thread, bool is_relaxing, const Site& site);
@@ -105,6 +105,7 @@ class World {
 
   Outcome step();
   Outcome poll();  // only pollers are left
+  void record_failure_of_current(std::string what);
   bool start_something();
   bool has_copies() const { return !bulk_.is_empty() || !network_.is_empty(); }
   void do_copy();  // one step of one under way
@@ -122,13 +123,13 @@ class World {
   Block* take_block();
   static std::byte* take_shared();
   static std::vector<std::byte*>& free_shared();
+  static std::vector<std::unique_ptr<Thread>>& free_threads();
 
   Options options_;
   Random random_;
   Memory memory_;
   BulkCopies bulk_;
   Network network_;
-  StackPool stacks_;
   Context scheduler_;
   std::string failure_;
 
@@ -137,7 +138,6 @@ class World {
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<Block*> blocks_;  // resident
   std::vector<std::unique_ptr<Block>> free_blocks_;
-  std::vector<std::unique_ptr<Thread>> free_threads_;
   std::vector<Launch*> starting_;  // blocks are yet to start
   std::vector<Warp*> lists_[2];    // that can run; that only poll
   std::vector<std::shared_ptr<Launch>> running_;

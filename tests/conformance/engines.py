@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import moebius
 from moebius import AllToAll, Config
-from tests.helpers import simt
+from tests.helpers import gpu, simt
 from tests.helpers.launch import RankPool, in_threads
 
 if TYPE_CHECKING:
@@ -81,18 +83,66 @@ def run_simt(
     return run_single(config, num_ranks, program, arguments, skew, make=simt.SimtAllToAll)
 
 
+def run_streams(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """As `run_single` on one GPU, a stream for each rank: their kernels run, and wait for one another, at once."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    streams = [torch.cuda.Stream(device) for _ in range(num_ranks)]  # type: ignore[no-untyped-call]
+
+    def on_stream(a2a: AllToAll, *given: Any) -> Generator[None, None, Any]:
+        steps = program(a2a, *given)
+        while True:
+            with torch.cuda.stream(streams[a2a.rank]):
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value
+            yield
+
+    def make(group: Any, config: Config) -> AllToAll:
+        return AllToAll(group, config, device)
+
+    return run_single(config, num_ranks, on_stream, arguments, skew, make=make)
+
+
+def run_stream_threads(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """A thread and a stream for each rank, on one GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    # Allocating may wait for the device: all of them before the first kernel that waits for another rank.
+    ranks = [AllToAll(group, config, device) for group in moebius.virtual_ranks(num_ranks)]
+    streams = [torch.cuda.Stream(device) for _ in range(num_ranks)]  # type: ignore[no-untyped-call]
+
+    def run(rank: int) -> Any:
+        with torch.cuda.stream(streams[rank]):
+            return drive(ranks[rank], program, rank, arguments[rank], skew)
+
+    try:
+        return in_threads(num_ranks, run, timeout_s=TIMEOUT_S)
+    finally:
+        for a2a in ranks:
+            a2a.close()
+
+
 def run_rank(group: Any, config: Config, program: Program, rank: int, arguments: tuple[Any, ...], skew: Any) -> Any:
     """One rank at its own pace."""
-    pauses = skew.pauses(rank) if skew is not None else None
     with AllToAll(group, config) as a2a:
-        steps = program(a2a, *arguments)
-        while True:
-            if pauses is not None:
-                next(pauses)
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
+        return drive(a2a, program, rank, arguments, skew)
+
+
+def drive(a2a: AllToAll, program: Program, rank: int, arguments: tuple[Any, ...], skew: Any) -> Any:
+    """Run the program to its end."""
+    pauses = skew.pauses(rank) if skew is not None else None
+    steps = program(a2a, *arguments)
+    while True:
+        if pauses is not None:
+            next(pauses)
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def run_threads(
@@ -126,6 +176,8 @@ def pool() -> RankPool:
     return _pools[-1]
 
 
+# Why an engine is not here, by the first word of its name.
+NEEDS: dict[str, Callable[[], str | None]] = {"simt": simt.why_not, "cuda": gpu.why_not}
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -133,7 +185,9 @@ ENGINES = {
         Engine("cpu-threads", run_threads, concurrent=True),
         Engine("cpu-processes", run_processes, concurrent=True),
         Engine("simt", run_simt, concurrent=False),
+        Engine("cuda-streams", run_streams, concurrent=False),
+        Engine("cuda-threads", run_stream_threads, concurrent=True),
     )
-    if engine.name != "simt" or simt.why_not() is None
+    if not NEEDS.get(engine.name.partition("-")[0], lambda: None)()
 }
 CONCURRENT = [name for name, engine in ENGINES.items() if engine.concurrent]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from moebius import Config
     from moebius.group import VirtualRank
+    from moebius.rounds import Round
+    from moebius.slots import SlotBuffers
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
@@ -124,6 +126,22 @@ class Keeping(Arguments):
         return super().expert_out(expert_out)
 
 
+class KeepingEngine(CudaEngine):
+    """Keeps what captured rounds hold: torch frees memory of the host at once, where a graph's would stay."""
+
+    def send_dispatch(self, sent: tuple[int, ...], num_tokens: int) -> Round:
+        begun = super().send_dispatch(sent, num_tokens)
+        if begun.capture:
+            vars(self).setdefault("kept", []).append(begun)
+        return begun
+
+    def receive_dispatch(self, begun: Round, given: Any, stats: tuple[int, bool, int]) -> SlotBuffers:
+        buffers = super().receive_dispatch(begun, given, stats)
+        if begun.capture:
+            vars(self).setdefault("kept", []).append(buffers)
+        return buffers
+
+
 class SimtAllToAll(AllToAll):
     """`AllToAll` of a virtual rank, its kernels run by the host executor on a stream of its own.
 
@@ -148,6 +166,11 @@ class SimtAllToAll(AllToAll):
         finally:
             self._keeping.kept.clear()
 
+    def _receive_combine(self, begun: Round, *rest: Any) -> Tensor:
+        home = super()._receive_combine(begun, *rest)
+        (vars(self._engine).setdefault("kept", []) if begun.capture else self._keeping.kept).append(home)
+        return home
+
     def _make_engine(  # type: ignore[override]
         self, group: VirtualRank, config: Config, device: Any, num_sms: int | None
     ) -> engines.Engine:
@@ -166,7 +189,7 @@ class SimtAllToAll(AllToAll):
         place = Place(-1, ALIGNMENT, reads_late=True)
         machine = Machine(simt, torch.device("cpu"), 0, place, lambda: self.stream)
         memory = SymmetricMemory(rank, [heap.address for heap in heaps], num_bytes, "virtual", heaps)
-        return CudaEngine(config, machine, memory, num_sms or self.num_sms)
+        return KeepingEngine(config, machine, memory, num_sms or self.num_sms)
 
     def begin_capture(self) -> None:
         """Halves from now on are recorded, not run."""
