@@ -155,7 +155,7 @@ class Bench:
             for repeat in range(HOST_REPEATS + 1):
                 device.synchronize()
                 device.gate(TIMEOUT_S / 100)
-                instants = [world.host_times(number) for number in range(HOST_ROUNDS)]
+                instants = [world.host_times() for _ in range(HOST_ROUNDS)]
                 device.synchronize()
                 for row in instants if repeat else ():
                     for name, begin, end in zip(HOST_PARTS, (*row[:-1], row[0]), (*row[1:], row[-1]), strict=True):

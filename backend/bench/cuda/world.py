@@ -120,17 +120,19 @@ class World:
         else:
             self._open[lane] = self._open[lane].receive()
 
-    def host_times(self, number: int) -> tuple[int, int, int, int, int]:
-        """Host instants of a round of lane 0: before each half, and after the last. For a world of one rank."""
+    def host_times(self) -> tuple[int, int, int, int, int]:
+        """Host instants of a round of lane 0, called without options: before each half, and after the last.
+
+        For a world of one rank: others' sends would come after this one's receive.
+        """
         a2a, x, (ids, weights) = self.ranks[0], self.inputs[0][0], self.routes[0][0]
-        expert_out, out, buffers = self.expert_out[0], self._combined[0], self._out[0]
-        del number
+        expert_out = self.expert_out[0]
         begin = perf_counter_ns()
-        pending = a2a.dispatch_send(x, ids, weights, **buffers)
+        pending = a2a.dispatch_send(x, ids, weights)
         sent = perf_counter_ns()
         received = pending.receive()
         arrived = perf_counter_ns()
-        returning = a2a.combine_send(expert_out, received, out=out)
+        returning = a2a.combine_send(expert_out, received)
         replied = perf_counter_ns()
         returning.receive()
         return begin, sent, arrived, replied, perf_counter_ns()
