@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moebius import ConfigError
+from moebius import ConfigError, PeerTimeoutError
 from moebius.bench.cli import _parser, main
 from moebius.bench.cuda.devices import HostDevice, NoDeviceError
 from moebius.bench.cuda.measure import Bench
@@ -89,6 +89,26 @@ def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatc
     assert found.errors == ["decode R=2 T=4 bf16 token_major: graph chained: RuntimeError: CUDA error: planted"]
     # In place of the chain, the round in lockstep; and the other schedules.
     assert {key[2] for key in found.samples if key[0] == "moebius"} == {"lockstep", "by_op", "by_half"}
+
+
+def test_ranks_that_hang_are_run_one_after_the_other_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(HostDevice(2), lambda: virtual_ranks(2), 0.01)
+    original = World.settle
+    hangs = iter([False, True, False, True])  # the check, chained, lockstep in its place, by_op
+
+    def settle(self: World) -> None:
+        original(self)
+        if next(hangs, False):
+            fault = {"rank": 1, "epoch": 0, "waited_us": 9, "expected": 1, "observed": 0}
+            raise PeerTimeoutError(op="dispatch", half="recv", reason="deadline", **fault)
+
+    monkeypatch.setattr(World, "settle", settle)
+    first = bench.measure(Point("decode", SMALL, modes=("graph",)))
+    assert len(first.errors) == 2
+    second = bench.measure(Point("decode", SMALL, modes=("graph",)))
+    bench.close()
+    assert second.errors == []
+    assert {key[2] for key in second.samples if key[0] == "moebius"} == {"lockstep", "by_half"}
 
 
 def test_wrong_tokens_are_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
