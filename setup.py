@@ -68,7 +68,9 @@ NVCC_FLAGS = [
 def cuda(nvcc: str) -> Pybind11Extension:
     """The CUDA engine. The runtime is linked statically and the driver not at all: it loads where there is no GPU."""
     # Where it would link from; it may itself be a script, or lie in another folder than the libraries.
-    steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
     homes = [Path(home) for home in re.findall(r"TOP=(\S+)", steps)]
     folders = [Path(folder) for folder in re.findall(r'-L([^"\s]+)', steps)]
     folders += [home / name for home in homes for name in ("lib64", "lib")]

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import heap, native, ops, slots
+from . import engines, heap, ops
 from .arguments import Arguments
-from .engines import make_cpu_engine
-from .errors import ConfigError, MoebiusError, RoutingError, StateError
-from .faults import error_of
+from .errors import ConfigError, StateError
 from .results import Dispatched, PendingCombine, PendingDispatch
-from .rounds import Round, RoundTable, Stage
-from .wire import Wire, shape_of
+from .rounds import Round, Stage
+from .wire import Wire
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,11 +33,24 @@ class AllToAll:
     between. Every rank makes the same calls in the same order; up to `depth` rounds may be open, and a round need not
     be combined. All memory is fixed at construction. Not for several threads at once.
 
+    On CUDA every half enqueues one kernel on the current stream and returns; nothing waits for the device. What a
+    kernel finds wrong is raised by a later call, which has then done nothing itself, or by `check` or `synchronize`; a
+    round that failed gives zero counts and zero rows. Halves on several streams have to be ordered by events, and their
+    tensors kept (`record_stream`), as with any work on CUDA; on one stream there is nothing to do. Halves can be
+    captured into graphs, and replays mixed with calls; all halves of a round belong to the same capture.
+
     Letters in the shapes: T tokens of this call (0 to M), M `max_num_tokens`, K top-k, H hidden, E experts, L local
     experts, R ranks.
     """
 
-    def __init__(self, group: heap.Group, config: Config) -> None:
+    def __init__(
+        self,
+        group: heap.Group,
+        config: Config,
+        device: torch.device | str | int | None = None,
+        *,
+        num_sms: int | None = None,
+    ) -> None:
         """Allocate this rank's memory and map that of the others.
 
         Collective: every rank of the group constructs, with equal configs.
@@ -47,26 +58,30 @@ class AllToAll:
         Args:
             group: a torch.distributed process group (its backend is used here only), or one of `virtual_ranks`.
             config: the shape of everything.
+            device: where the tensors of the calls are, the CPU or a CUDA device; None is torch's default device.
+            num_sms: on CUDA, the SMs that a half may occupy; None is all of them.
 
         Raises:
             ConfigError: the config does not fit the group, or differs between ranks.
             PeerAccessError: the memory of a rank cannot be mapped.
             NativeNotBuiltError: the extension is missing.
+            CudaError: there is no such device, or no driver; says which.
         """
         self.rank, self.num_ranks = heap.rank_and_size(group)
-        layout = native.core().HeapLayout(shape_of(config, self.num_ranks))
+        self._engine: engines.Engine | None = self._make_engine(group, config, device, num_sms)
         self.config = config
         self.wire = Wire.of(config)
-        self._heap: heap.SymmetricHeap | None = heap.allocate(group, layout.total, repr(config))
-        self.heap_bytes: int = layout.total
-        self._arguments = Arguments(config, self.wire, self.num_ranks)
-        self._rounds = RoundTable(config.depth, is_in_place=config.layout == "token_major")
-        self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
-        self._layout = layout
-        self._engine: Any = make_cpu_engine(config, self._heap)
+        self.engine = self._engine.name
+        self.device = self._engine.device
+        self.heap_bytes = self._engine.heap_bytes
+        self._arguments = Arguments(config, self.wire, self.num_ranks, self._engine.place)
         self.traced = ops.Traced(self, next(_ids))
 
-    engine = "cpu"
+    @staticmethod
+    def _make_engine(
+        group: heap.Group, config: Config, device: torch.device | str | int | None, num_sms: int | None
+    ) -> engines.Engine:
+        return engines.make(group, config, engines.resolve(device), num_sms)
 
     def __enter__(self) -> AllToAll:
         """Return itself; leaving the block closes it."""
@@ -80,9 +95,9 @@ class AllToAll:
 
     def close(self) -> None:
         """Let go of the memory. Not collective, may be repeated; results already handed out stay readable."""
-        self._engine = None
-        self._heap = None
-        self._slots = [None] * self.config.depth
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     @property
     def closed(self) -> bool:
@@ -91,19 +106,33 @@ class AllToAll:
 
     @property
     def epoch(self) -> int:
-        """Rounds begun so far; the number of the next one."""
-        return int(self._open().num_rounds)
+        """Rounds begun so far; the number of the next one. Inside a capture, those of the capture."""
+        return self._open().epoch
 
     @property
     def dead_ranks(self) -> tuple[int, ...]:
         """The ranks that this one has given up; they are neither sent to nor waited for."""
-        engine = self._open()
-        return tuple(rank for rank in range(self.num_ranks) if engine.is_dead(rank))
+        return self._open().dead_ranks()
 
     @property
     def remote_bytes(self) -> int:
         """Bytes that this rank has written to other ranks' memory so far, headers included."""
-        return int(self._open().remote_bytes)
+        return self._open().remote_bytes()
+
+    def check(self) -> None:
+        """Raise what a half on CUDA has recorded, without waiting for those that still run.
+
+        Raises:
+            PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
+            RoutingError: a value in `topk_ids` was no expert, and was taken for -1.
+            StateError: the halves of a round were enqueued so that others came in between, as by a replayed graph.
+            ProtocolError: a rank broke the protocol.
+        """
+        self._open().check()
+
+    def synchronize(self) -> None:
+        """Wait for the device's work, then `check`."""
+        self._open().synchronize()
 
     def mask_rank(self, rank: int, *, dead: bool = True) -> None:
         """Give a rank up, or take it back, by hand. Only between rounds, and on every rank alike.
@@ -133,14 +162,15 @@ class AllToAll:
         Collective: every rank calls it once per round. The result is overwritten `depth` dispatches later.
 
         Args:
-            x: [T, H] in the payload's dtype, CPU, rows contiguous. For "fp8_e4m3" bf16, fp16 or fp32, quantised on the
-                way, or float8_e4m3fn with `scales`; for "opaque" any dtype whose rows are `payload_bytes` bytes.
+            x: [T, H] in the payload's dtype, rows contiguous (on CUDA at multiples of 16 bytes). For "fp8_e4m3" bf16,
+                fp16 or fp32, quantised on the way, or float8_e4m3fn with `scales`; for "opaque" any dtype whose rows
+                are `payload_bytes` bytes.
             topk_ids: [T, K] int32 or int64: the experts of each token; -1 leaves a choice unrouted. An expert named
                 twice by a token gets it once, and counts both weights.
             topk_weights: [T, K] fp32 with `weights_at` "dispatch", else None.
             scales: of an x that is already quantised: [T, H/128] fp32, or rows of `scale_bytes` bytes for "opaque".
             num_valid_tokens: int32 or int64 tensor of one element: the rows from there on are not sent, and combine
-                gives zeros for them.
+                gives zeros for them. On CUDA never read by the host, so that a graph follows it.
             out: expert_major: [L, R*M, H] in the payload's dtype to receive into, instead of the slot's own buffer.
             out_scales: likewise, [L, R*M, groups], row-major or column-major.
             expert_stats: [L] int32 or int64: each expert's token count is added.
@@ -151,7 +181,7 @@ class AllToAll:
 
         Raises:
             ShapeError: a tensor is not as above; names it.
-            RoutingError: a value in `topk_ids` is no expert.
+            RoutingError: a value in `topk_ids` is no expert. On CUDA raised by a later call, and taken for -1.
             StateError: a receive was left out, or the object is closed.
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
 
@@ -199,15 +229,7 @@ class AllToAll:
         if expert_stats is not None or wait_stats is not None:
             counters = check.expert_stats(expert_stats) if expert_stats is not None else (0, False)
             stats = (*counters, check.wait_stats(wait_stats) if wait_stats is not None else 0)
-        epoch = engine.num_rounds
-        self._rounds.check_free(epoch)
-
-        if not engine.dispatch_send(*sent):
-            error = self._failure("dispatch", "send")
-            if isinstance(error, RoutingError):
-                raise error
-            raise self._rounds.begin(epoch, num_tokens).lose(error)
-        begun = self._rounds.begin(epoch, num_tokens)
+        begun = engine.send_dispatch(sent, num_tokens)
         kept = (out, out_scales, expert_stats, wait_stats)
         return PendingDispatch(begun, functools.partial(self._receive_dispatch, begun, stats, kept))
 
@@ -216,14 +238,7 @@ class AllToAll:
     ) -> Dispatched:
         engine = self._open()
         begun.expect(Stage.SENT, "dispatch receive")
-        out, out_scales, _, _ = kept
-        slot = begun.epoch % self.config.depth
-        if out is not None or out_scales is not None:
-            buffers = slots.expert_major(self.config, self.wire, self.num_ranks, out, out_scales)
-        else:
-            buffers = self._slots[slot] or self._make_slot(slot)
-        if not engine.dispatch_recv(begun.epoch, *buffers.arguments, *stats):
-            raise begun.lose(self._failure("dispatch", "recv"))
+        buffers = engine.receive_dispatch(begun, kept[:2], stats)  # type: ignore[arg-type]
         begun.stage = Stage.RECEIVED
         return Dispatched(begun, buffers)
 
@@ -241,9 +256,9 @@ class AllToAll:
         Collective: every rank calls it for the same round.
 
         Args:
-            expert_out: in the output dtype, last dimension contiguous. expert_major: [L, R*M, H], a row for each row of
-                `recv.x`; token_major: [R*M, H], a row for each received token, already weighted and summed over this
-                rank's experts. Rows without a token are not read.
+            expert_out: in the output dtype, last dimension contiguous (on CUDA rows at multiples of 16 bytes).
+                expert_major: [L, R*M, H], a row for each row of `recv.x`; token_major: [R*M, H], a row for each
+                received token, already weighted and summed over this rank's experts. Rows without a token are not read.
             recv: the dispatch that it answers.
             topk_weights: [T, K] fp32 with `weights_at` "combine", else None.
             out: [T, H] in the output dtype to write to, instead of a new tensor.
@@ -284,10 +299,10 @@ class AllToAll:
         return self._send_combine(engine, begun, expert_out, topk_weights, out, wait_stats)
 
     def _send_combine(
-        self, engine: Any, begun: Round, expert_out: Tensor, topk_weights: Any, out: Any, wait_stats: Any
+        self, engine: engines.Engine, begun: Round, expert_out: Tensor, topk_weights: Any, out: Any, wait_stats: Any
     ) -> PendingCombine:
         begun.expect(Stage.RECEIVED, "combine")
-        if self._rounds.find(begun.epoch) is not begun:
+        if not engine.is_own(begun):
             raise StateError("combine: `recv` is the result of another AllToAll")
         check = self._arguments
         sent = check.expert_out(expert_out)
@@ -295,8 +310,7 @@ class AllToAll:
         if out is not None:
             check.combined(out, begun.num_tokens)
         wait_ptr = check.wait_stats(wait_stats) if wait_stats is not None else 0
-        if not engine.combine_send(begun.epoch, *sent):
-            raise begun.lose(self._failure("combine", "send"))
+        engine.send_combine(begun, sent)
         begun.stage = Stage.REPLIED
         receive = functools.partial(self._receive_combine, begun, weights, out, wait_stats, wait_ptr)
         return PendingCombine(begun, receive)
@@ -307,25 +321,15 @@ class AllToAll:
         engine = self._open()
         begun.expect(Stage.REPLIED, "combine receive")
         if out is None:
-            out = torch.empty(begun.num_tokens, self.config.hidden, dtype=self.wire.output_dtype)
+            shape = (begun.num_tokens, self.config.hidden)
+            out = torch.empty(shape, dtype=self.wire.output_dtype, device=self.device)
         stride = out.stride(0) * out.element_size()
         weights_ptr = weights.data_ptr() if weights is not None else 0
-        if not engine.combine_recv(begun.epoch, out.data_ptr(), stride, begun.num_tokens, weights_ptr, wait_ptr):
-            raise begun.lose(self._failure("combine", "recv"))
+        engine.receive_combine(begun, out.data_ptr(), stride, weights_ptr, wait_ptr)
         begun.stage = Stage.COMBINED
         return out
 
-    def _make_slot(self, slot: int) -> slots.SlotBuffers:
-        assert self._heap is not None
-        if self.config.layout == "token_major":
-            mine = self._heap.segments[self.rank]
-            made = slots.token_major(self.config, self.wire, self.num_ranks, slot, mine, self._layout)
-        else:
-            made = slots.expert_major(self.config, self.wire, self.num_ranks)
-        self._slots[slot] = made
-        return made
-
-    def _open(self) -> Any:
+    def _open(self) -> engines.Engine:
         """The engine.
 
         Raises:
@@ -334,6 +338,3 @@ class AllToAll:
         if self._engine is None:
             raise StateError("this AllToAll is closed")
         return self._engine
-
-    def _failure(self, op: str, half: str) -> MoebiusError:
-        return error_of(self._open().fault(), op, half, self.config.num_experts)

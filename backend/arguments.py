@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .checks import FLOAT, INDEX_DTYPES, check_matrix, check_tensor, fail, has_memory
+from .checks import (
+    CPU,
+    FLOAT,
+    INDEX_DTYPES,
+    check_matrix,
+    check_tensor,
+    fail,
+    has_memory,
+    is_at,
+    misaligned,
+    place_name,
+)
 from .config import SCALE_GROUP
 from .wire import DTYPE_CODE
 
@@ -19,13 +30,30 @@ if TYPE_CHECKING:
     from .wire import Wire
 
 NOT_QUANTISED = -1
+SCALE_ALIGNMENT = 4  # bytes; of a scale as a device reads it
+
+
+class Place(NamedTuple):
+    """Where an engine wants the tensors of its calls.
+
+    Attributes:
+        device_index: of the CUDA device, -1 for memory of the host.
+        alignment: that addresses of rows are multiples of, in bytes.
+        reads_late: the values are read after the call has returned.
+    """
+
+    device_index: int = CPU
+    alignment: int = 1
+    reads_late: bool = False
 
 
 class Arguments:
     """The checks of one configuration on one rank."""
 
-    def __init__(self, config: Config, wire: Wire, num_ranks: int) -> None:
+    def __init__(self, config: Config, wire: Wire, num_ranks: int, place: Place) -> None:
         """Take what all calls are checked against."""
+        self._index, self._alignment, self._reads_late = place
+        self._scale_alignment = min(self._alignment, SCALE_ALIGNMENT)
         self._config = config
         self._wire = wire
         self._num_ranks = num_ranks
@@ -43,18 +71,22 @@ class Arguments:
         """Check the inputs of dispatch send.
 
         Returns:
-            The engine's arguments; T; what has to live until the call returns.
+            The engine's arguments; T; what has to live until the call returns. The last of the arguments are the
+            tokens to send or, for an engine that reads late, T and where the number of the valid ones is.
 
         Raises:
             ShapeError: names the argument.
         """
         num_tokens, x_stride = self._check_x(x)
+        x_ptr = x.data_ptr()
+        if (x_ptr | x_stride) & (self._alignment - 1):
+            raise misaligned("x", self._alignment, x)
         shape = (num_tokens, self._config.num_topk)
-        ids = check_matrix("topk_ids", topk_ids, shape, INDEX_DTYPES)
+        ids = check_matrix("topk_ids", topk_ids, shape, INDEX_DTYPES, self._index)
         kept = [x, ids]
         weights_ptr = 0
         if self._has_weights:
-            weights = check_matrix("topk_weights", topk_weights, shape, FLOAT)
+            weights = check_matrix("topk_weights", topk_weights, shape, FLOAT, self._index)
             kept.append(weights)
             weights_ptr = weights.data_ptr()
         elif topk_weights is not None:
@@ -70,34 +102,36 @@ class Arguments:
         elif scales is not None:
             raise fail("scales", "None: this payload has no scales", scales)
 
-        num_sent = num_tokens
+        num_sent: tuple[int, ...] = (num_tokens, 0, False) if self._reads_late else (num_tokens,)
         if num_valid_tokens is not None:
-            num_sent = self._read_num_valid(num_valid_tokens, num_tokens)
+            num_sent = self._num_valid(num_valid_tokens, num_tokens)
         has_int64_ids = ids.dtype is torch.int64
-        sent = (x.data_ptr(), x_stride, x_code, scales_ptr, scales_stride, ids.data_ptr(), has_int64_ids)
-        return (*sent, weights_ptr, num_sent), num_tokens, kept
+        sent = (x_ptr, x_stride, x_code, scales_ptr, scales_stride, ids.data_ptr(), has_int64_ids)
+        return (*sent, weights_ptr, *num_sent), num_tokens, kept
 
     def _check_x(self, x: Any) -> tuple[int, int]:
         """Check x; returns T and the bytes from row to row."""
         # What is no tensor, or no matrix with strides, lacks one of these.
         with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
             num_tokens, length = x.shape
-            if x.is_cpu and num_tokens <= self._config.max_num_tokens:
+            if is_at(x, self._index) and num_tokens <= self._config.max_num_tokens:
                 is_opaque = self._config.payload == "opaque"
                 size = x.dtype.itemsize
                 fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
                 row, step = x.stride()
                 fits = fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous())
                 if fits and has_memory(x):
-                    return num_tokens, row * size
+                    # Rows of which there is one or none may stand apart in any way.
+                    return num_tokens, row * size if num_tokens > 1 else 0
         raise self._bad_x(x)
 
     def _bad_x(self, x: Any) -> ShapeError:
         most = f"[T <= {self._config.max_num_tokens}, "
         if self._config.payload == "opaque":
-            return fail("x", f"{most}rows of {self._wire.payload_bytes} bytes] on cpu, contiguous rows", x)
-        names = " or ".join(str(dtype) for dtype in self._x_dtypes)
-        return fail("x", f"{most}{self._wire.payload_len}] {names} on cpu, contiguous rows", x)
+            what = f"rows of {self._wire.payload_bytes} bytes]"
+        else:
+            what = f"{self._wire.payload_len}] {' or '.join(str(dtype) for dtype in self._x_dtypes)}"
+        return fail("x", f"{most}{what} on {place_name(self._index)}, contiguous rows", x)
 
     def _check_scales(self, scales: Any, num_tokens: int) -> tuple[int, int]:
         """Check scales that the caller made; returns their address and the bytes from row to row."""
@@ -105,18 +139,25 @@ class Arguments:
             raise fail("x", "bf16, fp16 or fp32: UE8M0 scales are made here, with the quantisation", scales)
         dtypes, length = FLOAT, self._config.hidden // SCALE_GROUP
         if self._config.payload == "opaque":
-            wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on cpu"
+            wanted = f"[{num_tokens}, rows of {self._wire.scale_bytes} bytes] on {place_name(self._index)}"
             if not isinstance(scales, torch.Tensor) or self._wire.scale_bytes % scales.dtype.itemsize:
                 raise fail("scales", wanted, scales)
             dtypes, length = (scales.dtype,), self._wire.scale_bytes // scales.dtype.itemsize
-        strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True)
-        return scales.data_ptr(), strides[0] * scales.dtype.itemsize
+        strides = check_tensor("scales", scales, (num_tokens, length), dtypes, rows=True, index=self._index)
+        address: int = scales.data_ptr()
+        row_bytes = strides[0] * scales.dtype.itemsize if num_tokens > 1 else 0
+        if (address | row_bytes) & (self._scale_alignment - 1):
+            raise misaligned("scales", self._scale_alignment, scales)
+        return address, row_bytes
 
-    def _read_num_valid(self, num_valid_tokens: Any, num_tokens: int) -> int:
+    def _num_valid(self, num_valid_tokens: Any, num_tokens: int) -> tuple[int, ...]:
         if not isinstance(num_valid_tokens, torch.Tensor) or num_valid_tokens.numel() != 1:
             raise fail("num_valid_tokens", "a tensor of one int32 or int64", num_valid_tokens)
-        check_tensor("num_valid_tokens", num_valid_tokens, tuple(num_valid_tokens.shape), INDEX_DTYPES)
-        return min(max(int(num_valid_tokens), 0), num_tokens)
+        shape = tuple(num_valid_tokens.shape)
+        check_tensor("num_valid_tokens", num_valid_tokens, shape, INDEX_DTYPES, index=self._index)
+        if self._reads_late:
+            return num_tokens, num_valid_tokens.data_ptr(), num_valid_tokens.dtype is torch.int64
+        return (min(max(int(num_valid_tokens), 0), num_tokens),)
 
     def out(self, out: Any, out_scales: Any) -> None:
         """Check the tensors that a dispatch is to be received into.
@@ -129,7 +170,9 @@ class Arguments:
             raise fail(name, "None: token_major shows the tokens in place", given)
         rows = (self._num_local, self._num_rows)
         if out is not None:
-            check_tensor("out", out, (*rows, self._wire.payload_len), (self._wire.dtype,))
+            check_tensor("out", out, (*rows, self._wire.payload_len), (self._wire.dtype,), index=self._index)
+            if out.data_ptr() & (self._alignment - 1):
+                raise misaligned("out", self._alignment, out)
         if out_scales is not None:
             if self._wire.scale_dtype is None:
                 raise fail("out_scales", "None: this payload has no scales", out_scales)
@@ -138,16 +181,18 @@ class Arguments:
             is_tensor = isinstance(out_scales, torch.Tensor) and out_scales.dim() == 3
             as_rows = out_scales.transpose(1, 2) if is_tensor and out_scales.stride(-1) != 1 else out_scales
             wanted = (shape[0], shape[2], shape[1]) if as_rows is not out_scales else shape
-            check_tensor("out_scales", as_rows, wanted, (self._wire.scale_dtype,))
+            check_tensor("out_scales", as_rows, wanted, (self._wire.scale_dtype,), index=self._index)
+            if out_scales.data_ptr() & (self._scale_alignment - 1):
+                raise misaligned("out_scales", self._scale_alignment, out_scales)
 
     def expert_stats(self, stats: Any) -> tuple[int, bool]:
         """Check a counter per local expert; returns its address and whether it is int64."""
-        check_tensor("expert_stats", stats, (self._num_local,), INDEX_DTYPES)
+        check_tensor("expert_stats", stats, (self._num_local,), INDEX_DTYPES, index=self._index)
         return stats.data_ptr(), stats.dtype is torch.int64
 
     def wait_stats(self, stats: Any) -> int:
         """Check a counter per source rank; returns its address."""
-        check_tensor("wait_stats", stats, (self._num_ranks,), (torch.int64,))
+        check_tensor("wait_stats", stats, (self._num_ranks,), (torch.int64,), index=self._index)
         address: int = stats.data_ptr()
         return address
 
@@ -156,9 +201,14 @@ class Arguments:
         wire = self._wire
         is_expert_major = self._config.layout == "expert_major"
         shape = (self._num_local, self._num_rows, wire.hidden) if is_expert_major else (self._num_rows, wire.hidden)
-        strides = check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True)
+        strides = check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True, index=self._index)
         size = wire.output_dtype.itemsize
-        return expert_out.data_ptr(), strides[0] * size if is_expert_major else 0, strides[-2] * size
+        expert_bytes = strides[0] * size if is_expert_major and shape[0] > 1 else 0
+        row_bytes = strides[-2] * size if shape[-2] > 1 else 0
+        address: int = expert_out.data_ptr()
+        if (address | expert_bytes | row_bytes) & (self._alignment - 1):
+            raise misaligned("expert_out", self._alignment, expert_out)
+        return address, expert_bytes, row_bytes
 
     def combine_weights(self, topk_weights: Any, num_tokens: int) -> Tensor | None:
         """Check the weights that combine is given."""
@@ -166,11 +216,14 @@ class Arguments:
             if topk_weights is not None:
                 raise fail("topk_weights", "None: this config takes the weights at dispatch", topk_weights)
             return None
-        return check_matrix("topk_weights", topk_weights, (num_tokens, self._config.num_topk), FLOAT)
+        return check_matrix("topk_weights", topk_weights, (num_tokens, self._config.num_topk), FLOAT, self._index)
 
     def combined(self, out: Any, num_tokens: int) -> None:
         """Check the tensor that a combine is to be received into."""
         shape = (num_tokens, self._wire.hidden)
-        strides = check_tensor("out", out, shape, (self._wire.output_dtype,), rows=True)
+        strides = check_tensor("out", out, shape, (self._wire.output_dtype,), rows=True, index=self._index)
         if strides[0] < shape[1] and num_tokens > 1:
             raise fail("out", "rows that do not overlap", out)
+        row_bytes = strides[0] * out.element_size() if num_tokens > 1 else 0
+        if (out.data_ptr() | row_bytes) & (self._alignment - 1):
+            raise misaligned("out", self._alignment, out)

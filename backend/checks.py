@@ -40,10 +40,34 @@ def fail(name: str, expected: str, tensor: Any) -> ShapeError:
     return ShapeError(f"`{name}` must be {expected} (got {describe(tensor)})")
 
 
+CPU = -1
+
+
+def place_name(index: int) -> str:
+    """What torch calls the device of that index."""
+    return "cpu" if index == CPU else f"cuda:{index}"
+
+
+def is_at(tensor: Tensor, index: int) -> bool:
+    """Whether the tensor lies on the CPU (index -1), or on the CUDA device of that index."""
+    return tensor.is_cpu if index == CPU else tensor.is_cuda and tensor.get_device() == index
+
+
+def misaligned(name: str, alignment: int, tensor: Any) -> ShapeError:
+    """The error of a tensor whose rows do not begin where a device can copy them from."""
+    return fail(name, f"at an address, and with rows, that are multiples of {alignment} bytes", tensor)
+
+
 def check_tensor(
-    name: str, tensor: Any, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], *, rows: bool = False
+    name: str,
+    tensor: Any,
+    shape: tuple[int, ...],
+    dtypes: Sequence[torch.dtype],
+    *,
+    rows: bool = False,
+    index: int = CPU,
 ) -> tuple[int, ...]:
-    """Check a dense CPU tensor of one of `dtypes`. On every call's path: each property is read once.
+    """Check a dense tensor of one of `dtypes`. On every call's path: each property is read once.
 
     Args:
         name: of the argument.
@@ -51,6 +75,7 @@ def check_tensor(
         shape: expected sizes.
         dtypes: those allowed.
         rows: only the last dimension has to be contiguous; the others may have any stride.
+        index: of the CUDA device that it has to be on, -1 for the CPU.
 
     Returns:
         The tensor's strides, in elements.
@@ -60,17 +85,19 @@ def check_tensor(
     """
     # What is no tensor, or none with strides, lacks one of these.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError):
-        if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
+        if is_at(tensor, index) and tensor.dtype in dtypes and tensor.shape == shape:
             strides: tuple[int, ...] = tensor.stride()
             if ((rows and strides[-1] == 1) or tensor.is_contiguous()) and has_memory(tensor):
                 return strides
     sizes = ", ".join(str(size) for size in shape)
     contiguity = "contiguous rows" if rows else "contiguous"
     names = " or ".join(str(dtype) for dtype in dtypes)
-    raise fail(name, f"[{sizes}] {names} on cpu, {contiguity}", tensor)
+    raise fail(name, f"[{sizes}] {names} on {place_name(index)}, {contiguity}", tensor)
 
 
-def check_matrix(name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequence[torch.dtype]) -> Tensor:
+def check_matrix(
+    name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequence[torch.dtype], index: int = CPU
+) -> Tensor:
     """Check a matrix that is small enough to be copied when its rows are not adjacent.
 
     Returns:
@@ -79,6 +106,6 @@ def check_matrix(name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequenc
     Raises:
         ShapeError: shape, dtype or device is another.
     """
-    strides = check_tensor(name, tensor, shape, dtypes, rows=True)
+    strides = check_tensor(name, tensor, shape, dtypes, rows=True, index=index)
     checked: Tensor = tensor
     return checked if strides[0] == shape[1] else checked.contiguous()

@@ -115,7 +115,7 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
     except OSError as caught:
         error = f"rank {rank} cannot allocate {num_bytes} bytes of shared memory: {caught}"
     cores = frozenset(os.sched_getaffinity(0))
-    about = _gather(group, _About(fingerprint, _host(), os.getpid(), mine.fd if mine else -1, cores, error))
+    about = gather(group, _About(fingerprint, _host(), os.getpid(), mine.fd if mine else -1, cores, error))
     for peer, theirs in enumerate(about):
         if theirs.fingerprint != about[0].fingerprint:
             raise ConfigError(
@@ -138,7 +138,7 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
             except OSError as caught:
                 error = f"rank {rank} cannot map the memory of rank {peer}: {caught}"
     # Collective: no segment may be closed before all have mapped it, and a failure is everybody's.
-    errors = [told for told in _gather(group, error) if told]
+    errors = [told for told in gather(group, error) if told]
     if mine is not None:
         mine.close_fd()
     if errors:
@@ -147,7 +147,8 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
     return SymmetricHeap(rank, segments, pids, len(frozenset().union(*(theirs.cores for theirs in about))))
 
 
-def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+def gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """What every rank gives, by rank; collective."""
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -98,7 +98,7 @@ class Traced:
     def __init__(self, owner: AllToAll, number: int) -> None:
         """Register the object under its number."""
         self.number = number
-        self.state = torch.zeros(1, dtype=torch.int64)
+        self.state = torch.zeros(1, dtype=torch.int64, device="cpu")
         is_token_major = owner.config.layout == "token_major"
         missing = {"src_info", "layout_range"} if is_token_major else {"topk_ids", "topk_weights"}
         if owner.wire.scale_dtype is None:
@@ -153,7 +153,7 @@ def _dispatch_send(
     a2a = _owner(owner)
     pending = a2a.dispatch_send(x, topk_ids, topk_weights, scales=scales, num_valid_tokens=num_valid_tokens)
     _pending.setdefault(a2a, {})[pending.epoch % a2a.config.depth] = pending
-    return torch.tensor([pending.epoch])
+    return torch.tensor([pending.epoch], device="cpu")
 
 
 def _dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tensor, ...]:
@@ -205,21 +205,25 @@ def _fake_dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tenso
         "layout_range": ((num_local, a2a.num_ranks), torch.int64),
     }
     made = {}
+    device = a2a.device
     for name, (shape, dtype) in shapes.items():
         is_missing = name in a2a.traced.missing
-        made[name] = state.new_empty(0) if is_missing else state.new_empty(shape, dtype=dtype)
+        made[name] = state.new_empty(0) if is_missing else state.new_empty(shape, dtype=dtype, device=device)
     if "scales" not in a2a.traced.missing and not is_token_major and config.payload == "fp8_e4m3":
-        made["scales"] = state.new_empty((num_local, wire.scale_len, num_rows), dtype=wire.scale_dtype).transpose(1, 2)
+        columns = (num_local, wire.scale_len, num_rows)
+        made["scales"] = state.new_empty(columns, dtype=wire.scale_dtype, device=device).transpose(1, 2)
     return tuple(made[name] for name in RESULTS)
 
 
 def _fake_combine_recv(state: Tensor, owner: int, begun: Tensor, num_tokens: int) -> Tensor:
     a2a = _owner(owner)
-    return state.new_empty((num_tokens, a2a.config.hidden), dtype=a2a.wire.output_dtype)
+    return state.new_empty((num_tokens, a2a.config.hidden), dtype=a2a.wire.output_dtype, device=a2a.device)
 
 
 def _register(name: str, implementation: Any, fake: Any) -> None:
-    _library.impl(name, implementation, "CPU")
+    # `state` and `round` are on the host wherever the tokens are: a round's number is the host's to know.
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
     torch.library.register_fake(f"moebius::{name}", fake, lib=_library)
 
 

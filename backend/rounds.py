@@ -37,9 +37,12 @@ class Round:
         stage: how far it has come.
         is_in_place: whether its result is shown where it arrived, in memory that peers write to again.
         error: why it was lost.
+        handle: address of the word that a device keeps its number in; 0 where the host does.
+        capture: number of the capture that it belongs to, 0 for none.
+        kept: what has to live as long as it does.
     """
 
-    __slots__ = ("epoch", "error", "is_in_place", "num_tokens", "stage")
+    __slots__ = ("capture", "epoch", "error", "handle", "is_in_place", "kept", "num_tokens", "stage")
 
     def __init__(self, epoch: int, num_tokens: int, *, is_in_place: bool) -> None:
         """Begin it."""
@@ -48,6 +51,9 @@ class Round:
         self.num_tokens = num_tokens
         self.stage = Stage.SENT
         self.error: MoebiusError | None = None
+        self.handle = 0
+        self.capture = 0
+        self.kept: object = None
 
     def lose(self, error: MoebiusError) -> MoebiusError:
         """Mark it lost, for the error that is returned."""
@@ -125,6 +131,10 @@ class RoundTable:
             last.stage = Stage.OVERWRITTEN
         begun = self._slots[slot] = Round(epoch, num_tokens, is_in_place=self._is_in_place)
         return begun
+
+    def live(self) -> list[Round]:
+        """The rounds whose memory serves no later one, and that are not lost."""
+        return [begun for begun in self._slots if begun is not None and begun.stage < Stage.LOST]
 
     def find(self, epoch: int) -> Round:
         """The round `epoch`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,26 +71,45 @@ class Wire:
         return self.hidden * self.output_dtype.itemsize
 
 
-def shape_of(config: Config, num_ranks: int) -> _core.Shape:
-    """The shape that the layout is computed from.
+def shape_fields(config: Config, num_ranks: int) -> dict[str, Any]:
+    """What the layout is computed from, by name.
 
     Raises:
         ConfigError: `config` is none, or `num_ranks` does not divide the experts.
-        NativeNotBuiltError: the extension is missing.
     """
     if not isinstance(config, Config):
         raise ConfigError(f"`config` must be a moebius.Config (got {type(config).__name__})")
     config.num_local_experts(num_ranks)
     wire = Wire.of(config)
-    shape: _core.Shape = native.core().Shape(
-        num_ranks=num_ranks,
-        num_experts=config.num_experts,
-        num_topk=config.num_topk,
-        max_num_tokens=config.max_num_tokens,
-        depth=config.depth,
-        payload_bytes=wire.payload_bytes,
-        scale_bytes=wire.scale_bytes,
-        reply_bytes=wire.reply_bytes,
-        has_weights=config.weights_at == "dispatch",
-    )
+    return {
+        "num_ranks": num_ranks,
+        "num_experts": config.num_experts,
+        "num_topk": config.num_topk,
+        "max_num_tokens": config.max_num_tokens,
+        "depth": config.depth,
+        "payload_bytes": wire.payload_bytes,
+        "scale_bytes": wire.scale_bytes,
+        "reply_bytes": wire.reply_bytes,
+        "has_weights": config.weights_at == "dispatch",
+    }
+
+
+def shape_of(config: Config, num_ranks: int) -> _core.Shape:
+    """The shape that the layout is computed from; raises as `shape_fields`.
+
+    Raises:
+        NativeNotBuiltError: the extension is missing.
+    """
+    shape: _core.Shape = native.core().Shape(**shape_fields(config, num_ranks))
     return shape
+
+
+def engine_fields(config: Config) -> dict[str, Any]:
+    """What an engine is told of a config beside the shape, by name."""
+    return {
+        "is_token_major": config.layout == "token_major",
+        "scale_format": SCALE_FORMAT_CODE[config.scale_format],
+        "output_dtype": DTYPE_CODE[Wire.of(config).output_dtype],
+        "hidden": config.hidden,
+        "timeout_ns": round(config.timeout_s * 1e9),
+    }

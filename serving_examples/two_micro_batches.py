@@ -1,20 +1,18 @@
 """torchrun --nproc-per-node 2 serving_examples/two_micro_batches.py.
 
-Two micro-batches by hooks, in plain PyTorch: while the tokens of one travel, the other computes. Each half of a round
-returns at once; its `receive` is the hook that is called when the other micro-batch has nothing left to compute. The
-result is compared with that of the same layers on the whole batch, one round after the other.
+Two micro-batches in plain PyTorch: while the tokens of one travel, the other computes. The layers of a micro-batch are
+a generator that gives way at every round; `moebius.graphs.interleave` takes them in turn. The result is compared with
+that of the same layers on the whole batch, one round after the other.
 """
-
-from collections.abc import Callable, Generator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import moebius
+from moebius.graphs import Batch, interleave, moe_layer
 
 EXPERTS, TOPK, HIDDEN, TOKENS, LAYERS = 16, 4, 256, 64, 6
-Layers = Generator[Callable[[], object], None, Tensor]  # yields a hook whenever tokens travel; returns the output
 
 
 class Model:
@@ -37,39 +35,14 @@ class Model:
             out[expert, :count] = torch.nn.functional.silu(rows @ self.up[expert]) @ self.down[expert]
         return out
 
-    def layers(self, x: Tensor) -> Layers:
+    def layers(self, x: Tensor) -> Batch[Tensor]:
         """Run all layers on a micro-batch, giving way wherever it would wait."""
         for _ in range(LAYERS):
             h = torch.tanh(x @ self.dense)
             topk_weights, topk_ids = (h @ self.router).softmax(-1).topk(TOPK)
-            dispatching = self.a2a.dispatch_send(h, topk_ids, topk_weights)
-            yield dispatching.receive
-            recv = dispatching.receive()  # a second call returns the same
-            combining = self.a2a.combine_send(self.experts(recv), recv)
-            yield combining.receive
-            x = torch.nn.functional.normalize(x + combining.receive(), dim=-1) * HIDDEN**0.5
+            y = yield from moe_layer(self.a2a, self.experts, h, topk_ids, topk_weights)
+            x = torch.nn.functional.normalize(x + y, dim=-1) * HIDDEN**0.5
         return x
-
-
-def interleave(batches: list[Layers]) -> list[Tensor]:
-    """Run micro-batches in turn: each computes while what the others sent travels.
-
-    Every rank takes the same turns, so nobody waits for a half that its peer has yet to reach.
-    """
-    hooks: list[Callable[[], object] | None] = [None] * len(batches)
-    outputs: dict[int, Tensor] = {}
-    while len(outputs) < len(batches):
-        for turn, batch in enumerate(batches):
-            if turn in outputs:
-                continue
-            hook = hooks[turn]
-            if hook is not None:
-                hook()  # sent a turn ago
-            try:
-                hooks[turn] = next(batch)
-            except StopIteration as done:
-                outputs[turn] = done.value
-    return [outputs[turn] for turn in range(len(batches))]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from moebius.deep_ep.low_latency import CombineResult, DispatchResult, LowLatenc
 from moebius.deep_ep.mask import Mask
 from moebius.deep_ep.normal import NormalMode
 from moebius.deep_ep.runtime import Runtime
+from moebius.engines import resolve
 from moebius.errors import ConfigError, ShapeError, StateError, UnsupportedError
 from moebius.group import VirtualRank
 from moebius.plan import plan
@@ -161,12 +162,16 @@ class Buffer(Mask, NormalMode):
             raise StateError("prepare() takes its shapes from get_low_latency_rdma_size_hint: call that first")
         max_num_tokens, hidden, num_experts = Buffer._last_asked
         call_shape = CallShape(num_experts, num_topk, hidden, max_num_tokens, use_fp8, round_scale, use_ue8m0)
-        self._low_latency.exchanges.get(call_shape.canonical())
+        # DeepEP's users set the current device, and not torch's default one.
+        is_nccl = not isinstance(self.group, VirtualRank) and "nccl" in distributed.get_backend(self.group)
+        self._low_latency.exchanges.get(call_shape.canonical(), resolve("cuda" if is_nccl else None))
 
     @strict_keywords
     def get_comm_stream(self) -> Any:
-        """The stream that work is done on: the current one."""
-        return torch.cuda.current_stream() if torch.cuda.is_available() else torch.cpu.current_stream()
+        """The stream that asynchronous calls run on; on the CPU the only one there is."""
+        if not torch.cuda.is_available():
+            return torch.cpu.current_stream()
+        return self._low_latency.streams.of(torch.device("cuda", torch.cuda.current_device()))
 
     @strict_keywords
     def get_local_buffer_tensor(
@@ -222,8 +227,8 @@ class Buffer(Mask, NormalMode):
             use_fp8: quantise on the way out, a scale for each 128 channels.
             round_scale: with FP8, round the scales up to powers of two.
             use_ue8m0: with FP8 and `round_scale`, give the scales as packed exponents.
-            async_finish: return an event; the CPU engine has finished by then all the same.
-            return_recv_hook: return after the send half; calling the hook receives.
+            async_finish: on CUDA, run on the communication stream, after what is on the current one; return an event.
+            return_recv_hook: return after the send half; calling the hook receives, on the stream of this call.
 
         Returns:
             recv_x: bf16 [L, M*R, H], or with FP8 (e4m3 [L, M*R, H], scales fp32 [L, M*R, H/128] or int32
@@ -286,7 +291,7 @@ class Buffer(Mask, NormalMode):
             use_logfmt: allowed to travel in 10 bits; without effect, BF16 travels.
             zero_copy: take the outputs from `get_next_low_latency_combine_buffer(handle)` instead of `x`.
             async_finish: return an event.
-            return_recv_hook: return after the send half; calling the hook receives.
+            return_recv_hook: return after the send half; calling the hook receives, on the stream of this call.
             out: [T, H] bf16 for the result.
             combine_wait_recv_cost_stats: [R] int64, nanoseconds waited for each rank are added to it.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
@@ -12,10 +14,22 @@ if TYPE_CHECKING:
 
 
 class EventHandle:
-    """A point in the work of this rank. On the CPU all work before it is done by the time it is made."""
+    """A point in the work of this rank: on CUDA, in that of the current stream.
+
+    On the CPU all work before it is done by the time it is made.
+    """
+
+    def __init__(self) -> None:
+        """Record the point."""
+        self._event: torch.cuda.Event | None = None
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # before, no device has any work
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
 
     def current_stream_wait(self) -> None:
-        """Make later work wait for it: nothing to wait for on the CPU."""
+        """Make later work on the current stream wait for it."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
 
 
 class EventOverlap:

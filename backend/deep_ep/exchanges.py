@@ -79,22 +79,22 @@ class Exchanges:
         """Remember who the ranks are."""
         self._group = group
         self._timeout_s = timeout_s
-        self._by_shape: dict[CallShape, AllToAll] = {}
+        self._by_shape: dict[tuple[CallShape, torch.device], AllToAll] = {}
         self._masked: set[int] = set()
 
-    def get(self, call_shape: CallShape) -> AllToAll:
-        """The exchange of `call_shape`.
+    def get(self, call_shape: CallShape, device: torch.device) -> AllToAll:
+        """The exchange of `call_shape` for tensors on `device`.
 
         Collective where it is new, which it is on all ranks or on none: they make the same calls.
         """
-        found = self._by_shape.get(call_shape)
-        return found if found is not None else self._make(call_shape)
+        found = self._by_shape.get((call_shape, device))
+        return found if found is not None else self._make(call_shape, device)
 
-    def _make(self, call_shape: CallShape) -> AllToAll:
-        made = AllToAll(self._group, call_shape.config(self._timeout_s))
+    def _make(self, call_shape: CallShape, device: torch.device) -> AllToAll:
+        made = AllToAll(self._group, call_shape.config(self._timeout_s), device)
         for rank in self._masked:
             _mask(made, rank, dead=True)
-        self._by_shape[call_shape] = made
+        self._by_shape[call_shape, device] = made
         return made
 
     def dead_ranks(self) -> set[int]:

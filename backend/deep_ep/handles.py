@@ -35,6 +35,7 @@ class HandleState:
         self.call_shape = call_shape
         self.exchange = exchange
         self.topk_ids = topk_ids.clone()
+        self._given = (topk_ids.data_ptr(), topk_ids._version)
         self.staging: Tensor | None = None
         self._epoch = exchange.epoch
         self._received: Dispatched | None = None
@@ -79,9 +80,14 @@ class HandleState:
                 f"`topk_idx` must have the shape it had at dispatch: expected {list(self.topk_ids.shape)} "
                 f"(got {list(topk_ids.shape)})"
             )
-        if topk_ids.device.type != "cpu" or torch.equal(topk_ids.to(self.topk_ids.dtype), self.topk_ids):
-            return topk_weights  # elsewhere than on the CPU, a look at the values would stall the stream
+        is_host = topk_ids.device.type == "cpu"
+        if not is_host and (topk_ids.data_ptr(), topk_ids._version) == self._given:
+            return topk_weights
+        if is_host and torch.equal(topk_ids.to(self.topk_ids.dtype), self.topk_ids):
+            return topk_weights
         is_dropped = topk_ids < 0
+        if not is_host:  # a look at the values would stall the stream: another expert's id is not noticed
+            return topk_weights.masked_fill(is_dropped, 0.0)
         if bool(((topk_ids != self.topk_ids) & ~is_dropped).any()):
             raise RoutingError("`topk_idx` must name the experts it named at dispatch, or -1 to drop a choice")
         return topk_weights.masked_fill(is_dropped, 0.0)

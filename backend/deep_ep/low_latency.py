@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from moebius.deep_ep.event import EventHandle, EventOverlap
 from moebius.deep_ep.exchanges import Exchanges
 from moebius.deep_ep.handles import Handle, HandleState, HandleTable
+from moebius.deep_ep.streams import Streams, on_this_stream
 from moebius.errors import ConfigError, ShapeError, StateError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from moebius.deep_ep.event import EventOverlap
     from moebius.deep_ep.exchanges import CallShape
     from moebius.results import Dispatched
 
@@ -31,6 +32,7 @@ class LowLatency:
         """Start with no exchange: the first call tells the shapes."""
         self.exchanges = Exchanges(group, timeout_s)
         self.handles = HandleTable()
+        self.streams = Streams()
         self._num_ranks = num_ranks
         self._spare_staging: dict[tuple[int, int, int], list[Tensor]] = {}
 
@@ -49,7 +51,7 @@ class LowLatency:
         _check_finish(async_finish, return_recv_hook)
         if x.dtype != torch.bfloat16:
             raise ShapeError(f"`x` must be torch.bfloat16 (got {x.dtype})")
-        exchange = self.exchanges.get(call_shape)
+        exchange = self.exchanges.get(call_shape, x.device)
         rows, scales = call_shape.empty_rows(self._num_ranks, x.device)
         num_local_experts, num_rows, _ = rows.shape
         count = torch.empty(num_local_experts, dtype=torch.int32, device=x.device)
@@ -75,14 +77,16 @@ class LowLatency:
             def finish() -> None:
                 _hand_over(pending.receive(), state, count, handle[0], handle[1])
 
-            hook = _once(finish)
+            hook = _once(on_this_stream(x.device, finish))
         else:
-            result = exchange.dispatch(x, topk_idx, **arguments)
-            state = HandleState(call_shape, exchange, topk_idx)
-            _hand_over(result, state, count, handle[0], handle[1])
+            used = (x, topk_idx, rows, scales, count, handle[0], handle[1], expert_stats, wait_stats)
+            with self.streams.asynchronous(x.device, async_finish, *used):
+                result = exchange.dispatch(x, topk_idx, **arguments)
+                state = HandleState(call_shape, exchange, topk_idx)
+                _hand_over(result, state, count, handle[0], handle[1])
         self.handles.add(handle, state)
         received = rows if scales is None else (rows, scales)
-        return received, count, handle, _event(async_finish, rows, count), hook
+        return received, count, handle, self.streams.event(x.device, async_finish, rows, count), hook
 
     def combine(
         self,
@@ -114,24 +118,27 @@ class LowLatency:
                 "`zero_copy` needs the experts' output in what get_next_low_latency_combine_buffer(handle) returned, "
                 "and it was not called since the handle's last combine"
             )
-        weights = state.weights(topk_idx, topk_weights)
         if out is None:
             out = torch.empty((len(topk_idx), state.call_shape.hidden), dtype=torch.bfloat16, device=x.device)
         hook: Hook | None = None
         if return_recv_hook:
+            weights = state.weights(topk_idx, topk_weights)
             pending = state.exchange.combine_send(source, state.open(), weights, out=out, wait_stats=wait_stats)
 
             def finish() -> None:
                 pending.receive()
 
-            hook = _once(finish)
+            hook = _once(on_this_stream(x.device, finish))
         else:
-            state.exchange.combine(source, state.open(), weights, out=out, wait_stats=wait_stats)
+            used = (source, topk_idx, topk_weights, out, wait_stats)
+            with self.streams.asynchronous(x.device, async_finish, *used):
+                weights = state.weights(topk_idx, topk_weights)
+                state.exchange.combine(source, state.open(), weights, out=out, wait_stats=wait_stats)
         state.combined()
         if zero_copy:
             self._spare_staging.setdefault(rows_shape, []).append(source)
             state.staging = None
-        return out, _event(async_finish, x, out), hook
+        return out, self.streams.event(x.device, async_finish, x, out), hook
 
     def staging(self, handle: Any) -> Tensor:
         """See `Buffer.get_next_low_latency_combine_buffer`. It stays the handle's until its next zero-copy combine."""
@@ -173,10 +180,6 @@ def _once(finish: Hook) -> Hook:
             is_done = True
 
     return hook
-
-
-def _event(async_finish: bool, *tensors: Tensor) -> EventOverlap:
-    return EventOverlap(EventHandle(), tensors) if async_finish else EventOverlap()
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -166,17 +166,16 @@ void bind_engine(py::module_& m) {
               uintptr_t topk_weights,
               int64_t num_tokens) {
              const bool is_quantised = x_dtype >= 0;
-             const cpu::DispatchSend args{
-                 at(x),
-                 x_stride,
-                 is_quantised ? Encoding::kQuantise : Encoding::kCopy,
-                 static_cast<Dtype>(is_quantised ? x_dtype : 0),
-                 at(scales),
-                 scales_stride,
-                 at<const void>(topk_ids),
-                 has_int64_ids,
-                 at<const float>(topk_weights),
-                 num_tokens};
+             const cpu::DispatchSend args{at(x),
+                                          x_stride,
+                                          is_quantised ? Encoding::kQuantise : Encoding::kCopy,
+                                          static_cast<Dtype>(is_quantised ? x_dtype : 0),
+                                          at(scales),
+                                          scales_stride,
+                                          at<const void>(topk_ids),
+                                          has_int64_ids,
+                                          at<const float>(topk_weights),
+                                          num_tokens};
              const py::gil_scoped_release release;
              return self.engine->dispatch_send(args);
            })

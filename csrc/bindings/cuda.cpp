@@ -1,5 +1,5 @@
-// Python's view of the CUDA engine, and, of the same source with MOEBIUS_SIMT, of the one on the host
-// executor. Raw addresses and integers only. backend/_cuda.pyi types it.
+// Python's view of the CUDA engine, and, of the same source with MOEBIUS_SIMT, of the one on the
+// host executor. Raw addresses and integers only. backend/_cuda.pyi types it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include "cuda/engine.h"
 
 #if defined(MOEBIUS_SIMT)
-#include "simt/bindings.h"
+#include "bindings/simt.h"
 #endif
 
 namespace py = pybind11;
@@ -197,7 +197,8 @@ py::object take_fault(Engine& self) {
 }
 
 void bind_engine(py::module_& m) {
-  // What waits for the device lets other threads of Python on: their ranks may be what it waits for.
+  // What waits for the device lets other threads of Python on: their ranks may be what it waits
+  // for.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make_engine),

@@ -69,11 +69,18 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
   const int slices = num_slices(s.reply_bytes);
   const int num_vectors = static_cast<int>(s.reply_bytes / 16);
   const int64_t num_items = p.num_tokens * slices;
-  for (int64_t item = int64_t{warp_index()} * num_blocks() + block_index(); item < num_items;
-       item += int64_t{kWarpsPerBlock} * num_blocks()) {
+  const int64_t step = int64_t{kWarpsPerBlock} * num_blocks();
+  const auto find_row = [&](int64_t item) {
     const int64_t token = item / slices;
-    const int32_t row =
-        token < num_valid && lane() < replies ? load(reply_rows + token * replies + lane()) : -1;
+    const bool is_there = item < num_items && token < num_valid && lane() < replies;
+    return is_there ? load(reply_rows + token * replies + lane()) : -1;
+  };
+  int64_t item = int64_t{warp_index()} * num_blocks() + block_index();
+  int32_t ahead = find_row(item);
+  for (; item < num_items; item += step) {
+    const int64_t token = item / slices;
+    const int32_t row = ahead;
+    ahead = find_row(item + step);  // on its way while this one is summed
     float weight = 1.0f;
     if (kHasWeights && row >= 0) weight = load(p.topk_weights + token * s.num_topk + lane());
     const int begin = static_cast<int>(item % slices) * kUnroll * kWarp;

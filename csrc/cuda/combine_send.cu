@@ -47,7 +47,7 @@ struct Reply {
 MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const Shared& shared) {
   const Shape& s = self.layout.shape;
   int src = 0;
-  while (load(shared.first_cell + src + 1) <= number) ++src;
+  while (load(shared.first_cell + src + 1) <= number) ++src;  // ranks are few
   const int index = number - load(shared.first_cell + src);
   Reply r;
   r.src = src;
@@ -74,31 +74,50 @@ MOEBIUS_DEVICE const std::byte* expert_row(const CombineSendParams& p,
   return p.expert_out + at / num_rows * p.expert_stride + at % num_rows * p.row_stride;
 }
 
+// What a sum is made of, one lane for each choice.
+struct Sum {
+  std::byte* out;        // null: out of bounds, not sent
+  const std::byte* row;  // null: not here
+  float weight;
+};
+
+MOEBIUS_DEVICE Sum find_sum(const CombineSendParams& p,
+                            int slot,
+                            int number,
+                            const Shared& shared) {
+  const HeapLayout& layout = p.self.layout;
+  const int num_topk = layout.shape.num_topk;
+  const Reply reply = find_reply(p.self, slot, number, shared);
+  Sum sum{nullptr, expert_row(p, slot, reply, lane()), 0.0f};
+  const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.head_in_cell +
+                                                       sizeof(CellHead) + 4 * int64_t{num_topk});
+  if (lane() < num_topk) sum.weight = load(weights + lane());
+  if (reply.row >= 0) {
+    sum.out = in_heap<std::byte>(p.self, reply.src, layout.reply(slot, reply.row));
+  }
+  return sum;
+}
+
 // expert_major, weights known: sums of the experts' rows.
 template <Dtype kDtype>
 MOEBIUS_DEVICE void send_sums(const CombineSendParams& p, int slot, const Shared& shared) {
-  const Rank& self = p.self;
-  const HeapLayout& layout = self.layout;
-  const Shape& s = layout.shape;
+  const Shape& s = p.self.layout.shape;
   const int slices = num_slices(s.reply_bytes);
   const int num_vectors = static_cast<int>(s.reply_bytes / 16);
   const int num_items = load(shared.first_cell + s.num_ranks) * slices;
-  for (int item = warp_index() * num_blocks() + block_index(); item < num_items;
-       item += kWarpsPerBlock * num_blocks()) {
-    const Reply reply = find_reply(self, slot, item / slices, shared);
-    if (reply.row < 0) continue;
-    const std::byte* row = expert_row(p, slot, reply, lane());
-    const auto* weights = reinterpret_cast<const float*>(
-        reply.cell + layout.head_in_cell + sizeof(CellHead) + 4 * int64_t{s.num_topk});
-    const float weight = row != nullptr ? load(weights + lane()) : 0.0f;
+  const int step = kWarpsPerBlock * num_blocks();
+  int item = warp_index() * num_blocks() + block_index();
+  Sum ahead{nullptr, nullptr, 0.0f};
+  if (item < num_items) ahead = find_sum(p, slot, item / slices, shared);
+  for (; item < num_items; item += step) {
+    const Sum sum = ahead;
+    // On its way while this one is summed.
+    if (item + step < num_items) ahead = find_sum(p, slot, (item + step) / slices, shared);
+    if (sum.out == nullptr) continue;
     const int begin = item % slices * kUnroll * kWarp;
     const int end = static_cast<int>(min_of(begin + kUnroll * kWarp, num_vectors));
-    sum_rows<kDtype, true>(in_heap<std::byte>(self, reply.src, layout.reply(slot, reply.row)),
-                           row,
-                           weight,
-                           ballot(row != nullptr),
-                           begin,
-                           end);
+    const uint32_t which = ballot(sum.row != nullptr);
+    sum_rows<kDtype, true>(sum.out, sum.row, sum.weight, which, begin, end);
   }
 }
 
@@ -116,21 +135,20 @@ struct ToSources {
     if (p.self.is_token_major) return p.expert_out + r.number * p.row_stride;
     return expert_row(p, slot, r, row % choices);
   }
-  MOEBIUS_DEVICE void begin(int row, bool) {
+  MOEBIUS_DEVICE void begin(int row) {
     const Reply r = find_reply(p.self, slot, row / choices, shared);
     const int64_t at = p.self.layout.reply(slot, r.row + row % choices);
     reply = in_heap<std::byte>(p.self, r.src, at);
   }
-  MOEBIUS_DEVICE std::byte* to(int, int n) const { return n == 0 ? reply : nullptr; }
+  MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? reply : nullptr; }
 };
 
 MOEBIUS_DEVICE void send_rows(const CombineSendParams& p, int slot, const Shared& shared) {
   const Shape& s = p.self.layout.shape;
   const int choices = s.has_weights ? 1 : s.num_topk;
-  uint32_t count = 0;
-  ToSources rows{p, slot, choices, shared, nullptr};
-  move_rows(
-      shared.mover, load(shared.first_cell + s.num_ranks) * choices, s.reply_bytes, &count, rows);
+  Mover<ToSources> mover{shared.mover, {p, slot, choices, shared, nullptr}, s.reply_bytes};
+  mover.start(load(shared.first_cell + s.num_ranks) * choices);
+  mover.run();
   bulk_wait_all();
 }
 

@@ -4,7 +4,7 @@
 // shared memory is dereferenced: what does not go through here, the executor cannot see.
 //
 // Identity     thread_index() num_threads() block_index() num_blocks() lane() warp_index()
-// Meeting      sync_block() sync_warp() sync_group(barrier, num_threads)
+// Meeting      sync_block() sync_warp()
 // Warp         ballot(bool) shfl(v, lane) shfl_xor(v, mask) shfl_up(v, delta): all 32 lanes call
 // Memory       shared_memory(); load, store: plain, of 1 to 16 bytes, global or shared;
 //              load_stream: 16 bytes that nobody writes while the kernel runs

@@ -24,16 +24,21 @@ struct RecvLaunch {
 
 struct Shared {
   MoverShared mover;
+  int32_t* rows;  // of this warp: where one cell goes
   Positions positions;
   int32_t* first_cell;  // [R + 1] cells of the ranks before; the last is their number
   uint32_t* scratch;
 };
+
+constexpr size_t kRowsBytes = kWarpsPerBlock * kMaxTopk * sizeof(int32_t);
 
 MOEBIUS_DEVICE Shared carve(const Shape& s, bool is_token_major, int num_words) {
   Shared shared;
   std::byte* at = shared_memory();
   shared.mover = MoverShared::in(at);
   at += kMoverSharedBytes;
+  shared.rows = reinterpret_cast<int32_t*>(at) + warp_index() * kMaxTopk;
+  at += kRowsBytes;
   const int num_local = s.num_local_experts();
   shared.positions = Positions::in(at, num_local, is_token_major ? 0 : num_words);
   at += positions_bytes(num_local, is_token_major ? 0 : num_words);
@@ -150,73 +155,98 @@ MOEBIUS_DEVICE void list_cells(
   sync_block();
 }
 
+// The scales of a cell that a lane has read; enough for H = 16384 in fp32.
+constexpr int kScaleWords = 4;
+
+// Writes the scales of a cell to `row` of `expert`.
 MOEBIUS_DEVICE void write_scales(const DispatchRecvParams& p,
                                  const std::byte* cell,
                                  int64_t expert,
                                  int64_t row) {
   const HeapLayout& layout = p.self.layout;
-  const std::byte* from = cell + layout.scales_in_cell;
+  const auto* from = reinterpret_cast<const uint32_t*>(cell + layout.scales_in_cell);
   std::byte* to = p.scales + expert * p.scale_strides[0] + row * p.scale_strides[1];
-  if (p.scale_element < 4) {
-    for (int b = lane(); b < layout.shape.scale_bytes; b += kWarp) {
-      store(to + b * p.scale_strides[2], load(from + b));
+  const int num_words = static_cast<int>(layout.shape.scale_bytes / 4);
+  for (int first = 0; first < num_words; first += kScaleWords * kWarp) {
+    uint32_t words[kScaleWords];
+#pragma unroll
+    for (int i = 0; i < kScaleWords; ++i) {
+      const int w = first + i * kWarp + lane();
+      words[i] = w < num_words ? load(from + w) : 0;
     }
-    return;
-  }
-  // Words either way: one element is all that lies contiguously.
-  const int64_t stride = p.scale_element > 4 ? 4 : p.scale_strides[2];
-  for (int w = lane(); w < layout.shape.scale_bytes / 4; w += kWarp) {
-    store(reinterpret_cast<uint32_t*>(to + w * stride),
-          load(reinterpret_cast<const uint32_t*>(from) + w));
+#pragma unroll
+    for (int i = 0; i < kScaleWords; ++i) {
+      const int w = first + i * kWarp + lane();
+      if (w < num_words) store(reinterpret_cast<uint32_t*>(to + w * p.scale_strides[2]), words[i]);
+    }
   }
 }
 
-// The rows of move_rows: a cell goes to each of its experts.
+// expert_major. Fills this warp's `rows` with where cell `item` of the chunk goes: expert * R * M +
+// row; returns how many.
+MOEBIUS_DEVICE int find_rows(const Shape& s, int item, const Shared& shared) {
+  const Positions& positions = shared.positions;
+  int count = 0;
+  sync_warp();
+  for (int first = 0; first < positions.num_columns; first += kWarp) {
+    const int expert = first + lane();
+    const bool is_there = expert < positions.num_columns && positions.has(expert, item);
+    const uint32_t which = ballot(is_there);
+    if (is_there) {
+      store(shared.rows + count + popcount(which & ((1u << lane()) - 1)),
+            expert * s.num_ranks * s.max_num_tokens + positions.find(expert, item));
+    }
+    count += popcount(which);
+  }
+  sync_warp();
+  return count;
+}
+
+// The rows of a Mover: a cell goes to each of its experts.
 struct ToExperts {
   const DispatchRecvParams& p;
   const Begun& begun;
   const Shared& shared;
   int chunk_begin;
-  Cell cell;
-  int32_t at;       // of this lane's choice: expert * R * M + row, or -1
-  uint32_t firsts;  // lanes with the first choice of their expert
+  int num_rows;
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
     return find_cell(p.self, begun.slot, chunk_begin + row, shared).at;
   }
-  MOEBIUS_DEVICE void begin(int row, bool is_whole) {
-    const Shape& s = p.self.layout.shape;
-    const int num_rows = s.num_ranks * s.max_num_tokens;
-    cell = find_cell(p.self, begun.slot, chunk_begin + row, shared);
-    int32_t id = lane() < s.num_topk ? load(ids_of(p.self, cell.at) + lane()) : -1;
-    if (id >= s.num_local_experts()) id = -1;
-    bool is_first = id >= 0;
-    for (int k = 0; k < s.num_topk; ++k) {
-      const int32_t other = shfl(id, k);
-      if (k < lane() && other == id) is_first = false;  // an expert named twice has the row once
-    }
-    firsts = ballot(is_first);
-    at = id >= 0 ? id * num_rows + shared.positions.find(id, row) : -1;
-    if (!is_whole) return;
-    const int64_t number = int64_t{cell.src} * s.max_num_tokens + cell.index;
-    int32_t* rows = in_workspace<int32_t>(p.self, begun.slot, p.self.layout.cell_rows);
-    if (lane() < s.num_topk) store(rows + number * s.num_topk + lane(), at);
-    const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
-    if (is_first) store(p.src_info + at, load(&head->token));
-    if (p.scales == nullptr) return;
-    for (uint32_t rest = firsts; rest != 0; rest &= rest - 1) {
-      const int32_t to = shfl(at, popcount((rest & (0u - rest)) - 1));
-      write_scales(p, cell.at, to / num_rows, to % num_rows);
-    }
-  }
-  MOEBIUS_DEVICE std::byte* to(int, int n) const {
-    uint32_t rest = firsts;
-    for (int i = 0; i < n; ++i) rest &= rest - 1;
-    if (rest == 0) return nullptr;
-    const int32_t row = shfl(at, popcount((rest & (0u - rest)) - 1));
-    return p.x + row * p.self.layout.shape.payload_bytes;
+  MOEBIUS_DEVICE void begin(int row) { num_rows = find_rows(p.self.layout.shape, row, shared); }
+  MOEBIUS_DEVICE std::byte* to(int n) const {
+    if (n >= num_rows) return nullptr;
+    return p.x + load(shared.rows + n) * p.self.layout.shape.payload_bytes;
   }
 };
+
+// What belongs to the rows of the cells [begin, end) beside their payload.
+MOEBIUS_DEVICE void describe_rows(
+    const DispatchRecvParams& p, const Begun& begun, int begin, int end, const Shared& shared) {
+  const Shape& s = p.self.layout.shape;
+  const int num_rows = s.num_ranks * s.max_num_tokens;
+  int32_t* rows = in_workspace<int32_t>(p.self, begun.slot, p.self.layout.cell_rows);
+  for (int number = begin + warp_index() * num_blocks() + block_index(); number < end;
+       number += kWarpsPerBlock * num_blocks()) {
+    const Cell cell = find_cell(p.self, begun.slot, number, shared);
+    if (lane() < s.num_topk) {
+      const int32_t id = load(ids_of(p.self, cell.at) + lane());
+      const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
+      const int32_t token = load(&head->token);
+      const bool is_here = id >= 0 && id < s.num_local_experts();
+      const int32_t at = is_here ? id * num_rows + shared.positions.find(id, number - begin) : -1;
+      const int64_t inbox = int64_t{cell.src} * s.max_num_tokens + cell.index;
+      store(rows + inbox * s.num_topk + lane(), at);
+      if (is_here) store(p.src_info + at, token);
+    }
+    if (p.scales == nullptr) continue;
+    const int count = find_rows(s, number - begin, shared);
+    for (int n = 0; n < count; ++n) {
+      const int32_t at = load(shared.rows + n);
+      write_scales(p, cell.at, at / num_rows, at % num_rows);
+    }
+  }
+}
 
 // Block 0: the rows of each (expert, source), as far as its cells begin or end in this chunk.
 MOEBIUS_DEVICE void note_ranges(
@@ -247,12 +277,14 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
   const int chunk = l.num_words * 32;
-  uint32_t count = 0;
+  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes};
   for (int begin = 0; begin < num_cells; begin += chunk) {
     const int end = static_cast<int>(min_of(begin + chunk, num_cells));
+    mover.rows.chunk_begin = begin;
+    mover.start(end - begin);
     list_cells(p.self, begun, begin, end, shared);
-    ToExperts rows{p, begun, shared, begin, {}, -1, 0};
-    move_rows(shared.mover, end - begin, s.payload_bytes, &count, rows);
+    describe_rows(p, begun, begin, end, shared);
+    mover.run();
     if (block_index() == 0) note_ranges(p, begin, end, end == num_cells, shared);
     sync_block();
   }
@@ -262,22 +294,34 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
   }
 }
 
+// The rows of a Mover: cell i of rank src goes to row src * M + i.
 struct ToRows {
   const DispatchRecvParams& p;
   const Begun& begun;
   const Shared& shared;
-  Cell cell;
+  std::byte* at;
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
     return find_cell(p.self, begun.slot, row, shared).at;
   }
-  MOEBIUS_DEVICE int64_t number() const {
-    return int64_t{cell.src} * p.self.layout.shape.max_num_tokens + cell.index;
-  }
-  MOEBIUS_DEVICE void begin(int row, bool is_whole) {
+  MOEBIUS_DEVICE void begin(int row) {
     const Shape& s = p.self.layout.shape;
-    cell = find_cell(p.self, begun.slot, row, shared);
-    if (!is_whole) return;
+    const Cell cell = find_cell(p.self, begun.slot, row, shared);
+    at = p.x + (int64_t{cell.src} * s.max_num_tokens + cell.index) * s.payload_bytes;
+  }
+  MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? at : nullptr; }
+};
+
+// token_major: what belongs to a row beside its payload, and the count of each expert.
+MOEBIUS_DEVICE void describe_cells(const DispatchRecvParams& p,
+                                   const Begun& begun,
+                                   int num_cells,
+                                   const Shared& shared) {
+  const Shape& s = p.self.layout.shape;
+  for (int number = warp_index() * num_blocks() + block_index(); number < num_cells;
+       number += kWarpsPerBlock * num_blocks()) {
+    const Cell cell = find_cell(p.self, begun.slot, number, shared);
+    const int64_t row = int64_t{cell.src} * s.max_num_tokens + cell.index;
     if (lane() == 0 && !is_sane(p.self, cell.at)) fail_cell(p.self, begun.epoch, cell.src);
     const int32_t* ids = ids_of(p.self, cell.at);
     int32_t id = lane() < s.num_topk ? load(ids + lane()) : -1;
@@ -288,38 +332,39 @@ struct ToRows {
     bool is_first = id >= 0;
     for (int k = 0; k < s.num_topk; ++k) {
       const int32_t other = shfl(id, k);
-      if (k < lane() && other == id) is_first = false;
+      if (k < lane() && other == id) is_first = false;  // an expert named twice has the token once
     }
     if (is_first) add_shared(shared.positions.totals + id, 1);
     if (lane() < s.num_topk) {
-      store(p.topk_ids + number() * s.num_topk + lane(), id);
       const auto* weights = reinterpret_cast<const float*>(ids + s.num_topk);
-      store(p.topk_weights + number() * s.num_topk + lane(), load(weights + lane()));
+      store(p.topk_ids + row * s.num_topk + lane(), id);
+      store(p.topk_weights + row * s.num_topk + lane(), load(weights + lane()));
     }
-    if (p.scales != nullptr) write_scales(p, cell.at, 0, number());
+    if (p.scales != nullptr) write_scales(p, cell.at, 0, row);
   }
-  MOEBIUS_DEVICE std::byte* to(int, int n) const {
-    return n == 0 ? p.x + number() * p.self.layout.shape.payload_bytes : nullptr;
-  }
-};
+}
 
 MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
                                         const Begun& begun,
                                         const Shared& shared) {
   const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
-  uint32_t count = 0;
-  ToRows rows{p, begun, shared, {}};
-  move_rows(shared.mover, load(shared.first_cell + s.num_ranks), s.payload_bytes, &count, rows);
+  const int num_cells = load(shared.first_cell + s.num_ranks);
+  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes};
+  mover.start(num_cells);
+  describe_cells(p, begun, num_cells, shared);
   // Rows without a token read as unrouted.
-  const int64_t num_ids = int64_t{s.num_ranks} * s.max_num_tokens * s.num_topk;
   const int64_t per_src = int64_t{s.max_num_tokens} * s.num_topk;
-  for (int64_t i = int64_t{block_index()} * num_threads() + thread_index(); i < num_ids;
-       i += int64_t{num_blocks()} * num_threads()) {
-    const int src = static_cast<int>(i / per_src);
+  for (int src = 0; src < s.num_ranks; ++src) {
     const int used = load(shared.first_cell + src + 1) - load(shared.first_cell + src);
-    if (i - src * per_src >= int64_t{used} * s.num_topk) store(p.topk_ids + i, -1);
+    for (int64_t i =
+             int64_t{used} * s.num_topk + int64_t{block_index()} * num_threads() + thread_index();
+         i < per_src;
+         i += int64_t{num_blocks()} * num_threads()) {
+      store(p.topk_ids + src * per_src + i, -1);
+    }
   }
+  mover.run();
   sync_block();
   for (int expert = thread_index(); expert < s.num_local_experts(); expert += num_threads()) {
     const int n = load(shared.positions.totals + expert);

@@ -12,7 +12,7 @@
 // each rank that has one of its experts.
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
-#include "cuda/numbers.cuh"
+#include "cuda/payload.cuh"
 #include "cuda/positions.cuh"
 #include "cuda/rank.cuh"
 
@@ -23,15 +23,14 @@ struct SendLaunch {
   DispatchSendParams args;
   int num_words;    // of the positions
   int num_slices;   // of a token
-  int slice_units;  // payload of a slice, in units: what a lane makes of one or two vectors of x
+  int slice_units;  // of a slice; see out_unit
 };
 
-MOEBIUS_HD constexpr int64_t out_unit(Encoding encoding) { return encoding == Encoding::kQuantise ? 8 : 16; }
-constexpr int kGroupUnits = kScaleGroup / 8;  // of a group of channels: half a warp
 constexpr int kStageScales = kStageBytes / kScaleGroup;
 
 struct Shared {
   Positions positions;
+  std::byte** heaps;    // [R]
   int32_t* is_alive;    // [R]
   int32_t* num_sent;    // [R]
   int32_t* reply_base;  // [R] where the rank's replies begin
@@ -49,7 +48,8 @@ MOEBIUS_DEVICE Shared carve(int num_ranks, int num_words) {
   at += kWarpsPerBlock * kStageScales * sizeof(float);
   s.positions = Positions::in(at, num_ranks, num_words);
   at += positions_bytes(num_ranks, num_words);
-  s.is_alive = reinterpret_cast<int32_t*>(at);
+  s.heaps = reinterpret_cast<std::byte**>(at);
+  s.is_alive = reinterpret_cast<int32_t*>(s.heaps + num_ranks);
   s.num_sent = s.is_alive + num_ranks;
   s.reply_base = s.num_sent + num_ranks;
   s.scratch = reinterpret_cast<uint32_t*>(s.reply_base + num_ranks);
@@ -57,7 +57,7 @@ MOEBIUS_DEVICE Shared carve(int num_ranks, int num_words) {
 }
 size_t shared_bytes(int num_ranks, int num_words) {
   return kWarpsPerBlock * (2 * kStageBytes + kStageScales * sizeof(float)) +
-         positions_bytes(num_ranks, num_words) + 12 * static_cast<size_t>(num_ranks) + 8;
+         positions_bytes(num_ranks, num_words) + 20 * static_cast<size_t>(num_ranks) + 8;
 }
 
 MOEBIUS_DEVICE int32_t id_at(const DispatchSendParams& p, int64_t at) {
@@ -79,28 +79,34 @@ MOEBIUS_DEVICE int64_t count_valid(const DispatchSendParams& p) {
   return n < 0 ? 0 : min_of(n, p.num_tokens);
 }
 
-// Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. Fills
-// is_alive.
-MOEBIUS_DEVICE void take_slot(const Rank& self, uint64_t epoch, int slot, const Shared& shared) {
+// Reads what does not change while the kernel runs.
+MOEBIUS_DEVICE void read_ranks(const Rank& self, const Shared& shared) {
+  for (int r = thread_index(); r < self.layout.shape.num_ranks; r += num_threads()) {
+    store(shared.heaps + r, load(self.heaps + r));
+    store(shared.is_alive + r, is_masked(self, r) ? 0 : 1);
+  }
+}
+
+// Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. By the
+// first `num_pollers` threads of the block.
+MOEBIUS_DEVICE void take_slot(
+    const Rank& self, uint64_t epoch, int slot, int num_pollers, const Shared& shared) {
   const int num_ranks = self.layout.shape.num_ranks;
   const uint64_t depth = static_cast<uint64_t>(self.layout.shape.depth);
   const uint64_t closed = epoch - depth;
-  uint64_t* combined = &control_of(self, self.rank)->combined[slot];
   const bool has_last = epoch >= depth;
-  if (has_last && block_index() == 0 && load(combined) != closed + 1) {
+  if (has_last && block_index() == 0 &&
+      load(&control_of(self, self.rank)->combined[slot]) != closed + 1) {
     // Never combined: the empty combine.
-    for (int dst = thread_index(); dst < num_ranks; dst += num_threads()) {
-      if (is_masked(self, dst)) continue;
+    for (int dst = thread_index(); dst < num_ranks; dst += num_pollers) {
+      if (load(shared.is_alive + dst) == 0) continue;
       store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kCombine),
                         signal_word(closed, 0));
     }
-    sync_block();
-    if (thread_index() == 0) store(combined, closed + 1);
   }
-  for (int src = thread_index(); src < num_ranks; src += num_threads()) {
-    const bool is_alive = !is_masked(self, src);
-    store(shared.is_alive + src, is_alive ? 1 : 0);
-    if (!is_alive || src == self.rank) continue;
+  for (int src = thread_index(); src < num_ranks; src += num_pollers) {
+    if (load(shared.is_alive + src) == 0) continue;
+    if (src == self.rank) continue;
     bool is_closed = true;
     if (is_refused_by(self, src)) {
       // Its memory may serve other rounds by now.
@@ -119,14 +125,19 @@ MOEBIUS_DEVICE void take_slot(const Rank& self, uint64_t epoch, int slot, const 
   }
 }
 
-// Puts the tokens of [begin, end) into the lists of their ranks.
-MOEBIUS_DEVICE void list_tokens(
-    const DispatchSendParams& p, uint64_t epoch, int begin, int end, const Shared& shared) {
+// Puts the tokens of [begin, end) into the lists of their ranks. Threads from `first_thread` on;
+// the lists are empty.
+MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
+                                uint64_t epoch,
+                                int begin,
+                                int end,
+                                int first_thread,
+                                const Shared& shared) {
   const Shape& s = p.self.layout.shape;
   const int num_local = s.num_local_experts();
-  shared.positions.clear();
-  sync_block();
-  for (int i = thread_index(); i < (end - begin) * s.num_topk; i += num_threads()) {
+  const int step = num_threads() - first_thread;
+  for (int i = thread_index() - first_thread; i < (end - begin) * s.num_topk; i += step) {
+    if (i < 0) break;  // a thread that polls
     const int token = i / s.num_topk;
     const int64_t at = int64_t{begin} * s.num_topk + i;
     const int32_t id = id_at(p, at);
@@ -143,6 +154,13 @@ MOEBIUS_DEVICE void list_tokens(
       shared.positions.mark(id / num_local, token);
     }
   }
+}
+
+MOEBIUS_DEVICE void list_tokens(
+    const DispatchSendParams& p, uint64_t epoch, int begin, int end, const Shared& shared) {
+  shared.positions.clear();
+  sync_block();
+  mark_tokens(p, epoch, begin, end, 0, shared);
   sync_block();
   shared.positions.count();
   sync_block();
@@ -152,19 +170,20 @@ MOEBIUS_DEVICE void list_tokens(
 struct Destinations {
   int32_t id;         // -1: nowhere
   int32_t dst;        // -1: nowhere
-  int32_t position;   // in the list of `dst`
+  float weight;       // of the choice
   int32_t reply_row;  // for that of the first choice of `dst`, at the source
+  std::byte* cell;    // likewise
   uint32_t firsts;    // lanes with the first choice of their rank
 };
 
-MOEBIUS_DEVICE Destinations find_destinations(const DispatchSendParams& p,
-                                              int token,
-                                              int chunk_begin,
-                                              const Shared& shared) {
+MOEBIUS_DEVICE Destinations find_destinations(
+    const DispatchSendParams& p, int slot, int token, int chunk_begin, const Shared& shared) {
   const Shape& s = p.self.layout.shape;
-  Destinations d{-1, -1, 0, 0, 0};
+  const int64_t at = int64_t{token} * s.num_topk + lane();
+  Destinations d{-1, -1, 0.0f, 0, nullptr, 0};
   if (lane() < s.num_topk) {
-    d.id = id_at(p, int64_t{token} * s.num_topk + lane());
+    d.id = id_at(p, at);
+    if (s.has_weights) d.weight = load(p.topk_weights + at);
     if (d.id < 0 || d.id >= s.num_experts) d.id = -1;
     if (d.id >= 0) {
       d.dst = d.id / s.num_local_experts();
@@ -177,9 +196,10 @@ MOEBIUS_DEVICE Destinations find_destinations(const DispatchSendParams& p,
     if (k < lane() && other == d.dst) is_first = false;
   }
   d.firsts = ballot(is_first);
-  if (d.dst >= 0) {
-    d.position = shared.positions.find(d.dst, token - chunk_begin);
-    d.reply_row = s.has_weights ? load(shared.reply_base + d.dst) + d.position : token * s.num_topk;
+  if (is_first) {
+    const int position = shared.positions.find(d.dst, token - chunk_begin);
+    d.reply_row = s.has_weights ? load(shared.reply_base + d.dst) + position : token * s.num_topk;
+    d.cell = load(shared.heaps + d.dst) + p.self.layout.cell(slot, p.self.rank, position);
   }
   return d;
 }
@@ -219,78 +239,13 @@ MOEBIUS_DEVICE void send_head(
     store(&head->reply_row, reply_row);
   }
   if (lane() < s.num_topk) {
-    const int first_expert = dst * s.num_local_experts();
-    store(ids + lane(), d.dst == dst ? d.id - first_expert : -1);
-    if (s.has_weights) {
-      auto* weights = reinterpret_cast<float*>(ids + s.num_topk);
-      store(weights + lane(), load(p.topk_weights + int64_t{token} * s.num_topk + lane()));
-    }
+    store(ids + lane(), d.dst == dst ? d.id - dst * s.num_local_experts() : -1);
+    if (s.has_weights) store(reinterpret_cast<float*>(ids + s.num_topk) + lane(), d.weight);
   }
   if (p.scales == nullptr) return;
   auto* to = reinterpret_cast<uint32_t*>(cell + layout.scales_in_cell);
   auto* scales = reinterpret_cast<const uint32_t*>(p.scales + token * p.scales_stride);
   for (int w = lane(); w < s.scale_bytes / 4; w += kWarp) store(to + w, load(scales + w));
-}
-
-// The payload of units [begin, end) of a row, into the stage; its scales into `scales`.
-template <Encoding kEncoding, Dtype kX>
-MOEBIUS_DEVICE void fill_stage(const DispatchSendParams& p,
-                               const std::byte* row,
-                               int begin,
-                               int end,
-                               std::byte* stage,
-                               float* scales) {
-  constexpr int kVectors = kEncoding == Encoding::kQuantise && kX == Dtype::kFp32 ? 2 : 1;
-  const Vec16* x = reinterpret_cast<const Vec16*>(row);
-  for (int base = begin; base < end; base += kUnroll * kWarp) {
-    Vec16 raw[kUnroll][kVectors];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int unit = base + u * kWarp + lane();
-      for (int v = 0; v < kVectors; ++v) {
-        raw[u][v] = Vec16{{0, 0, 0, 0}};
-        if (unit < end) raw[u][v] = load_stream(x + unit * kVectors + v);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int unit = base + u * kWarp + lane();
-      std::byte* to = stage + (unit - begin) * out_unit(kEncoding);
-      if constexpr (kEncoding == Encoding::kCopy) {
-        if (unit < end) store(reinterpret_cast<Vec16*>(to), raw[u][0]);
-      } else {
-        float f[8];
-        for (int v = 0; v < kVectors; ++v) {
-          Numbers<kX>::widen(raw[u][v], f + v * Numbers<kX>::kCount);
-        }
-        float amax = kLeastAmax;
-        for (int c = 0; c < 8; ++c) {
-          const float a = float_of(bits_of(f[c]) & 0x7fffffffu);
-          amax = a > amax ? a : amax;
-        }
-        for (int mask = 1; mask < kGroupUnits; mask *= 2) {
-          const float other = shfl_xor(amax, mask);
-          amax = other > amax ? other : amax;
-        }
-        const Scale scale = scale_of(amax, p.self.scale_format);
-        uint32_t packed[2];
-        for (int h = 0; h < 2; ++h) {
-          const float* g = f + 4 * h;
-          packed[h] = e4m3x2(mul(g[0], scale.inverse), mul(g[1], scale.inverse)) |
-                      e4m3x2(mul(g[2], scale.inverse), mul(g[3], scale.inverse)) << 16;
-        }
-        if (unit < end) {
-          store(reinterpret_cast<uint64_t*>(to),
-                static_cast<uint64_t>(packed[1]) << 32 | packed[0]);
-          if (lane() % kGroupUnits == 0) {
-            const bool is_byte = p.self.scale_format == ScaleFormat::kUe8m0;
-            store(scales + (unit - begin) / kGroupUnits,
-                  is_byte ? float_of(scale.exponent) : scale.scale);
-          }
-        }
-      }
-    }
-  }
 }
 
 // The scales that were made of units [begin, end).
@@ -311,35 +266,39 @@ MOEBIUS_DEVICE void send_scales(
 template <Encoding kEncoding, Dtype kX>
 MOEBIUS_DEVICE void send_tokens(
     const SendLaunch& l, int slot, int begin, int end, const Shared& shared) {
+  constexpr int kStep = kUnroll * kWarp;
   const DispatchSendParams& p = l.args;
-  const HeapLayout& layout = p.self.layout;
-  const int num_units = static_cast<int>(layout.shape.payload_bytes / out_unit(kEncoding));
+  const int num_units = static_cast<int>(p.self.layout.shape.payload_bytes / out_unit(kEncoding));
   const int num_items = (end - begin) * l.num_slices;
-  // Neighbouring items go to different blocks: few tokens are spread over all.
-  const int first = warp_index() * num_blocks() + block_index();
   int stage_index = 0;
-  for (int item = first; item < num_items; item += kWarpsPerBlock * num_blocks()) {
+  // Neighbouring items go to different blocks: few tokens are spread over all.
+  for (int item = warp_index() * num_blocks() + block_index(); item < num_items;
+       item += kWarpsPerBlock * num_blocks()) {
     const int token = begin + item / l.num_slices;
     const int slice = item % l.num_slices;
     const int unit = slice * l.slice_units;
     const int unit_end = static_cast<int>(min_of(unit + l.slice_units, num_units));
-    const Destinations d = find_destinations(p, token, begin, shared);
+    const std::byte* row = p.x + token * p.x_stride;
+    Fetched<kEncoding, kX> fetched;
+    fetched.fetch(row, unit, unit_end);  // on its way while the destinations are found
+    const Destinations d = find_destinations(p, slot, token, begin, shared);
     if (slice == 0) note_replies(p.self, slot, token, d);
     if (d.firsts == 0) continue;
     std::byte* stage = shared.stages + stage_index * kStageBytes;
     stage_index ^= 1;
     bulk_wait_read<1>();
-    fill_stage<kEncoding, kX>(p, p.x + token * p.x_stride, unit, unit_end, stage, shared.scales);
+    for (int base = unit; base < unit_end; base += kStep) {
+      const Fetched<kEncoding, kX> now = fetched;
+      if (base + kStep < unit_end) fetched.fetch(row, base + kStep, unit_end);
+      fill_stage(p.self, now, base, unit, unit_end, stage, shared.scales);
+    }
     fence_proxy_async();
     sync_warp();
+    const auto num_bytes = static_cast<uint32_t>((unit_end - unit) * out_unit(kEncoding));
     for (uint32_t rest = d.firsts; rest != 0; rest &= rest - 1) {
-      const int from = popcount((rest & (0u - rest)) - 1);
-      const int dst = shfl(d.dst, from);
-      std::byte* cell =
-          in_heap<std::byte>(p.self, dst, layout.cell(slot, p.self.rank, shfl(d.position, from)));
-      warp_bulk_store(cell + unit * out_unit(kEncoding),
-                      stage,
-                      static_cast<uint32_t>((unit_end - unit) * out_unit(kEncoding)));
+      const int from = lowest(rest);
+      std::byte* cell = shfl(d.cell, from);
+      warp_bulk_store(cell + unit * out_unit(kEncoding), stage, num_bytes);
       if constexpr (kEncoding == Encoding::kQuantise) {
         send_scales(p.self, unit, unit_end, shared.scales, cell);
       }
@@ -385,20 +344,30 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
   const Shared shared = carve(s.num_ranks, l.num_words);
+  if (thread_index() == 0) store(shared.scratch, 0u);
+  shared.positions.clear_totals();
+  shared.positions.clear();
   wait_for_previous_kernel();
   const uint64_t epoch = load(&control_of(self, self.rank)->epoch);
   const int slot = self.layout.slot_of(epoch);
-  if (thread_index() == 0) store(shared.scratch, 0u);
-  shared.positions.clear_totals();
+  read_ranks(self, shared);
   sync_block();
-  take_slot(self, epoch, slot, shared);
-  clear_awaiting(self);
-  sync_block();
-  const bool is_ours = load(shared.scratch) == 0;
-
+  // While the first warps see to the slot, the others begin to list the tokens.
   const int num_valid = static_cast<int>(count_valid(p));
   const int chunk = l.num_words * 32;
-  for (int begin = 0; begin < num_valid; begin += chunk) {
+  const int first_end = static_cast<int>(min_of(chunk, num_valid));
+  const int num_pollers = kWarp;
+  if (thread_index() < num_pollers) {
+    take_slot(self, epoch, slot, num_pollers, shared);
+  } else {
+    mark_tokens(p, epoch, 0, first_end, num_pollers, shared);
+  }
+  sync_block();
+  clear_awaiting(self);
+  const bool is_ours = load(shared.scratch) == 0;
+  shared.positions.count();
+  sync_block();
+  for (int begin = chunk; begin < num_valid; begin += chunk) {
     list_tokens(p, epoch, begin, static_cast<int>(min_of(begin + chunk, num_valid)), shared);
   }
   for (int dst = thread_index(); dst < s.num_ranks; dst += num_threads()) {
@@ -440,11 +409,19 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   const Shape& s = params.self.layout.shape;
   const int64_t unit = out_unit(kEncoding);
   const int64_t num_units = s.payload_bytes / unit;
-  // Slices small enough that a small batch fills the warps, and that one fits the stage.
+  // The size of slice that is done soonest: an item costs its steps, and about one step for itself.
   const int64_t num_steps = (num_units + kUnroll * kWarp - 1) / (kUnroll * kWarp);
   const int64_t most_steps = kStageBytes / (kUnroll * kWarp * unit);
-  int64_t steps = params.num_tokens * num_steps / (int64_t{num_sms} * kWarpsPerBlock);
-  steps = steps < 1 ? 1 : min_of(steps, most_steps);
+  const int64_t num_warps = int64_t{num_sms} * kWarpsPerBlock;
+  int64_t steps = 1, least = INT64_MAX;
+  for (int64_t candidate = 1; candidate <= most_steps; ++candidate) {
+    const int64_t slices = (num_steps + candidate - 1) / candidate;
+    const int64_t turns = (params.num_tokens * slices + num_warps - 1) / num_warps;
+    if (turns * (candidate + 1) < least) {
+      least = turns * (candidate + 1);
+      steps = candidate;
+    }
+  }
   SendLaunch l;
   l.args = params;
   l.num_words = positions_words(params.num_tokens, s.num_ranks);

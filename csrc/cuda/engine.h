@@ -1,4 +1,5 @@
-// The CUDA engine: one rank's four halves as kernel launches over heaps that its device can address.
+// The CUDA engine: one rank's four halves as kernel launches over heaps that its device can
+// address.
 //
 // Nothing here waits for the device, and a half neither allocates nor synchronises: what goes wrong
 // in a kernel is recorded in pinned memory and told by the next call. The same source serves the
@@ -76,8 +77,8 @@ class Engine {
   // `heaps[r]`: address of rank r's heap on this device. Throws DeviceError.
   Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps);
 
-  // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture that
-  // the round belongs to, 0 for none.
+  // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
+  // that the round belongs to, 0 for none.
   Outcome dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params);
   Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
   Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
@@ -88,8 +89,8 @@ class Engine {
   std::optional<FaultRecord> take_fault();
 
   // What follows reads or writes device memory, and waits for its own copy only.
-  uint64_t num_rounds() const;    // begun on the device, replayed ones included
-  int64_t remote_bytes() const;   // sent to other ranks so far, headers included
+  uint64_t num_rounds() const;     // begun on the device, replayed ones included
+  int64_t remote_bytes() const;    // sent to other ranks so far, headers included
   std::vector<bool> dead() const;  // [R] whether this rank has given that one up
   void mask(int rank, bool is_dead);
   uint64_t round_of(const uint64_t* handle) const;

@@ -9,19 +9,16 @@
 
 namespace moebius::cuda {
 
-// Enqueues `kernel(params)`. Where the device can (sm_90 and later), the kernel may start before the
-// one ahead of it on the stream has ended; it calls wait_for_previous_kernel() before it touches
-// what that one wrote. Captured into a graph when the stream is capturing.
+// Enqueues `kernel(params)`. Where the device can (sm_90 and later), the kernel may start before
+// the one ahead of it on the stream has ended; it calls wait_for_previous_kernel() before it
+// touches what that one wrote. Captured into a graph when the stream is capturing.
 //
 // `kernel`: a __global__ function of this program; `arguments` as cudaLaunchKernelExC takes them.
 // Throws DeviceError.
 void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream);
 
 template <class Params>
-void launch(void (*kernel)(Params),
-            const LaunchShape& shape,
-            const Params& params,
-            Stream stream) {
+void launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, Stream stream) {
   void* arguments[] = {const_cast<Params*>(&params)};
   launch_kernel(reinterpret_cast<const void*>(kernel), shape, arguments, stream);
 }

@@ -34,58 +34,75 @@ constexpr size_t kMoverSharedBytes =
 
 // Moves rows of `row_bytes` in windows of a stage: items are (row, window), dealt to the warps of
 // the grid in turn. `Rows` says what a row is; the whole warp calls:
-//   from(row)              where it lies, or null if it does not move
-//   begin(row, is_whole)   before its stores, for each window; `is_whole` once a row
-//   to(row, n)             its n-th destination, or null past the last
-// `count` carries on from call to call: stages and parities do not start again.
+//   from(row)   where it lies, or null if it does not move
+//   begin(row)  before its stores
+//   to(n)       its n-th destination, or null past the last
+// The whole warp calls start, which asks for the first rows, and run, which does the rest.
 template <class Rows>
-MOEBIUS_DEVICE void move_rows(
-    const MoverShared& shared, int num_rows, int64_t row_bytes, uint32_t* count, Rows& rows) {
-  const int num_windows = static_cast<int>((row_bytes + kStageBytes - 1) / kStageBytes);
-  const int num_items = num_rows * num_windows;
-  const auto offset_of = [&](int item) { return int64_t{item % num_windows} * kStageBytes; };
-  const auto bytes_of = [&](int item) {
-    return static_cast<uint32_t>(min_of(kStageBytes, row_bytes - offset_of(item)));
-  };
-  int next = warp_index() * num_blocks() + block_index();
-  uint32_t requested = *count;
+struct Mover {
+  const MoverShared& shared;
+  Rows rows;
+  int64_t row_bytes;
+  // Carries on from list to list: stages and parities do not start again.
+  uint32_t requested = 0;
+  uint32_t served = 0;
+  int num_windows = 0;
+  int num_items = 0;
+  int next = 0;
+  int item = -1;   // asked for and served next; -1: none
+  int ahead = -1;  // asked for after it
+
+  MOEBIUS_DEVICE int64_t offset_of(int i) const { return int64_t{i % num_windows} * kStageBytes; }
+  MOEBIUS_DEVICE uint32_t bytes_of(int i) const {
+    return static_cast<uint32_t>(min_of(kStageBytes, row_bytes - offset_of(i)));
+  }
+  MOEBIUS_DEVICE std::byte* stage_of(uint32_t sequence) const {
+    return shared.stages + sequence % kMoverStages * kStageBytes;
+  }
+
   // Finds the next item that moves and asks for it; -1 at the end.
-  const auto request = [&]() {
+  MOEBIUS_DEVICE int request() {
     for (; next < num_items; next += kWarpsPerBlock * num_blocks()) {
-      const int item = next;
-      const std::byte* from = rows.from(item / num_windows);
+      const std::byte* from = rows.from(next / num_windows);
       if (from == nullptr) continue;
-      const int stage = static_cast<int>(requested++ % kMoverStages);
-      warp_bulk_load(shared.stages + stage * kStageBytes,
-                     from + offset_of(item),
-                     bytes_of(item),
-                     shared.filled + stage);
+      const int found = next;
       next += kWarpsPerBlock * num_blocks();
-      return item;
+      warp_bulk_load(stage_of(requested),
+                     from + offset_of(found),
+                     bytes_of(found),
+                     shared.filled + requested % kMoverStages);
+      ++requested;
+      return found;
     }
     return -1;
-  };
-  static_assert(kMoverStages == 3, "one item is stored while two are on their way");
-  uint32_t served = *count;
-  int item = request();
-  int ahead = request();
-  for (; item >= 0; ++served) {
-    bulk_wait_read<0>();  // the stage that is asked for next was stored from last
-    const int after = request();
-    const int row = item / num_windows;
-    const int stage = static_cast<int>(served % kMoverStages);
-    rows.begin(row, item % num_windows == 0);
-    barrier_wait(shared.filled + stage, served / kMoverStages % 2);
-    for (int n = 0;; ++n) {
-      std::byte* to = rows.to(row, n);
-      if (to == nullptr) break;
-      warp_bulk_store(to + offset_of(item), shared.stages + stage * kStageBytes, bytes_of(item));
-    }
-    bulk_commit();
-    item = ahead;
-    ahead = after;
   }
-  *count = served;
-}
+
+  MOEBIUS_DEVICE void start(int num_rows) {
+    static_assert(kMoverStages == 3, "one item is stored while two are on their way");
+    num_windows = static_cast<int>((row_bytes + kStageBytes - 1) / kStageBytes);
+    num_items = num_rows * num_windows;
+    next = warp_index() * num_blocks() + block_index();
+    bulk_wait_read<0>();  // of the list before
+    item = request();
+    ahead = request();
+  }
+
+  MOEBIUS_DEVICE void run() {
+    for (; item >= 0; ++served) {
+      bulk_wait_read<0>();  // the stage that is asked for next was stored from last
+      const int after = request();
+      rows.begin(item / num_windows);
+      barrier_wait(shared.filled + served % kMoverStages, served / kMoverStages % 2);
+      for (int n = 0;; ++n) {
+        std::byte* to = rows.to(n);
+        if (to == nullptr) break;
+        warp_bulk_store(to + offset_of(item), stage_of(served), bytes_of(item));
+      }
+      bulk_commit();
+      item = ahead;
+      ahead = after;
+    }
+  }
+};
 
 }  // namespace moebius::cuda

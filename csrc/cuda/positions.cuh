@@ -57,6 +57,9 @@ struct Positions {
       if (lane() == 0) store(totals + c, base);
     }
   }
+  MOEBIUS_DEVICE bool has(int column, int item) const {
+    return (load(bits + column * num_words + item / 32) >> (item % 32) & 1u) != 0;
+  }
   // Items of the column before `item`. After count and a block barrier.
   MOEBIUS_DEVICE int find(int column, int item) const {
     const int at = column * num_words + item / 32;

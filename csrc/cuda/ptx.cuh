@@ -26,14 +26,17 @@ MOEBIUS_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; 
 
 MOEBIUS_DEVICE void sync_block() { __syncthreads(); }
 MOEBIUS_DEVICE void sync_warp() { __syncwarp(); }
-MOEBIUS_DEVICE void sync_group(int barrier, int num_threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-}
-
 MOEBIUS_DEVICE uint32_t ballot(bool b) { return __ballot_sync(~0u, b); }
 template <class T>
 MOEBIUS_DEVICE T shfl(T v, int from) {
   return __shfl_sync(~0u, v, from);
+}
+MOEBIUS_DEVICE std::byte* shfl(std::byte* v, int from) {
+  return reinterpret_cast<std::byte*>(
+      __shfl_sync(~0u, reinterpret_cast<unsigned long long>(v), from));
+}
+MOEBIUS_DEVICE const std::byte* shfl(const std::byte* v, int from) {
+  return shfl(const_cast<std::byte*>(v), from);
 }
 template <class T>
 MOEBIUS_DEVICE T shfl_xor(T v, int mask) {

@@ -19,6 +19,9 @@ constexpr int kStageBytes = 4096;
 #endif
 constexpr int kThreadsPerBlock = kWarpsPerBlock * kWarp;
 
+// The lane of the lowest bit.
+MOEBIUS_DEVICE int lowest(uint32_t bits) { return popcount((bits & (0u - bits)) - 1); }
+
 template <class T>
 MOEBIUS_DEVICE T* in_heap(const Rank& self, int rank, int64_t offset) {
   std::byte* heap = rank == self.rank ? self.heap : load(self.heaps + rank);

@@ -1,5 +1,5 @@
-// csrc/cuda/runtime.h and launch.cuh over the CUDA runtime, which is linked statically and finds the
-// driver by itself: the extension loads where there is none, and the first call says so.
+// csrc/cuda/runtime.h and launch.cuh over the CUDA runtime, which is linked statically and finds
+// the driver by itself: the extension loads where there is none, and the first call says so.
 #include <cuda_runtime_api.h>
 #include <string.h>
 
@@ -61,8 +61,8 @@ int attribute(cudaDeviceAttr which) {
 std::mutex prepared_mutex;
 std::set<std::pair<const void*, int>> prepared;
 
-// Allows the kernel all the shared memory that a block can have. Once: this is a call to the driver,
-// and is not allowed to be one of a capture.
+// Allows the kernel all the shared memory that a block can have. Once: this is a call to the
+// driver, and is not allowed to be one of a capture.
 void prepare(const void* kernel) {
   const int device = current_device();
   const std::lock_guard<std::mutex> lock(prepared_mutex);
@@ -128,8 +128,8 @@ void* allocate_pinned(size_t num_bytes) {
 void release_pinned(void* p) noexcept { cudaFreeHost(p); }
 
 void copy(void* to, const void* from, size_t num_bytes) {
-  // Not on the legacy stream: it would wait for kernels of ours that wait for other ranks, whose own
-  // this thread may have yet to launch.
+  // Not on the legacy stream: it would wait for kernels of ours that wait for other ranks, whose
+  // own this thread may have yet to launch.
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   cudaError_t error = cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream);

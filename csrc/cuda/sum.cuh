@@ -19,18 +19,24 @@ MOEBIUS_DEVICE void sum_rows(
 #pragma unroll
     for (int c = 0; c < kCount; ++c) sums[u][c] = 0.0f;
   }
-  for (uint32_t rest = which; rest != 0; rest &= rest - 1) {
-    const int from = popcount((rest & (0u - rest)) - 1);
-    const auto address = shfl(reinterpret_cast<unsigned long long>(row), from);
-    const auto* vectors = reinterpret_cast<const Vec16*>(address);
-    const float w = kHasWeights ? shfl(weight, from) : 1.0f;
-    Vec16 raw[kUnroll];
+  // Two rows are on their way at a time.
+  const auto fetch = [&](uint32_t rest, Vec16* raw) {
+    const auto* vectors = reinterpret_cast<const Vec16*>(shfl(row, lowest(rest) & (kWarp - 1)));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int v = begin + u * kWarp + lane();
       raw[u] = Vec16{{0, 0, 0, 0}};
-      if (v < end) raw[u] = load(vectors + v);
+      if (rest != 0 && v < end) raw[u] = load(vectors + v);
     }
+  };
+  Vec16 ahead[kUnroll];
+  fetch(which, ahead);
+  for (uint32_t rest = which; rest != 0; rest &= rest - 1) {
+    const float w = kHasWeights ? shfl(weight, lowest(rest)) : 1.0f;
+    Vec16 raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];
+    fetch(rest & (rest - 1), ahead);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float f[kCount];

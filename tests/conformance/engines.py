@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import moebius
 from moebius import AllToAll, Config
+from tests.helpers import simt
 from tests.helpers.launch import RankPool, in_threads
 
 if TYPE_CHECKING:
@@ -46,10 +47,16 @@ class Engine:
 
 
 def run_single(
-    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+    config: Config,
+    num_ranks: int,
+    program: Program,
+    arguments: Sequence[tuple[Any, ...]],
+    skew: Skew | None = None,
+    *,
+    make: Callable[..., AllToAll] = AllToAll,
 ) -> list[Any]:
     """One thread, all ranks in turn from yield to yield; the skew is in the order of the ranks."""
-    ranks = [AllToAll(group, config) for group in moebius.virtual_ranks(num_ranks)]
+    ranks = [make(group, config) for group in moebius.virtual_ranks(num_ranks)]
     try:
         steps = {rank: program(a2a, *arguments[rank]) for rank, a2a in enumerate(ranks)}
         results: dict[int, Any] = {}
@@ -64,6 +71,14 @@ def run_single(
     finally:
         for a2a in ranks:
             a2a.close()
+
+
+def run_simt(
+    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+) -> list[Any]:
+    """As `run_single`, the kernels of the CUDA engine run by the host executor, with the test's own schedule."""
+    simt.extension().reset(simt.seed_of_test())
+    return run_single(config, num_ranks, program, arguments, skew, make=simt.SimtAllToAll)
 
 
 def run_rank(group: Any, config: Config, program: Program, rank: int, arguments: tuple[Any, ...], skew: Any) -> Any:
@@ -117,6 +132,8 @@ ENGINES = {
         Engine("cpu-single", run_single, concurrent=False),
         Engine("cpu-threads", run_threads, concurrent=True),
         Engine("cpu-processes", run_processes, concurrent=True),
+        Engine("simt", run_simt, concurrent=False),
     )
+    if engine.name != "simt" or simt.why_not() is None
 }
 CONCURRENT = [name for name, engine in ENGINES.items() if engine.concurrent]

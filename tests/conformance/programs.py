@@ -59,10 +59,13 @@ def computed(a2a: AllToAll, batches: Sequence[RankInput]) -> Generator[None, Non
         pending = a2a.dispatch_send(**dispatch_arguments(a2a.config, inputs))
         yield
         recv = pending.receive()
+        a2a.synchronize()
         weights = inputs.topk_weights if a2a.config.weights_at == "combine" else None
         replies = a2a.combine_send(experts(a2a, recv), recv, weights)
         yield
-        combined.append(replies.receive().clone())
+        home = replies.receive()
+        a2a.synchronize()
+        combined.append(home.clone())
     return combined
 
 
@@ -178,9 +181,12 @@ def measured(
         yield
         halves.live[number] = pending.receive()
         pending.receive()  # again: the same result, counted once
+        a2a.synchronize()
         halves.received[number] = copied(halves.live[number])
         weights = round_.inputs.topk_weights if a2a.config.weights_at == "combine" else None
         replies = a2a.combine_send(round_.expert_out, halves.live[number], weights, wait_stats=waits[1])
         yield
-        halves.combined[number] = replies.receive().clone()
+        home = replies.receive()
+        a2a.synchronize()
+        halves.combined[number] = home.clone()
     return Result.of(halves), stats, waits[0], waits[1]

@@ -144,16 +144,19 @@ class Halves:
 
     def dispatch_receive(self, number: int) -> None:
         self.live[number] = self._dispatches[number].receive()
+        self._a2a.synchronize()
         self.received[number] = copied(self.live[number])
 
     def dispatch(self, number: int) -> None:
         """Both halves in one call."""
         self.live[number] = self._a2a.dispatch(**dispatch_arguments(self._a2a.config, self.inputs(number)))
+        self._a2a.synchronize()
         self.received[number] = copied(self.live[number])
 
     def combine(self, number: int) -> None:
         """Both halves in one call."""
         combined = self._a2a.combine(self.expert_out(number), self.live[number], self._late_weights(number))
+        self._a2a.synchronize()
         self.combined[number] = combined.cpu().clone()
 
     def combine_send(self, number: int) -> None:
@@ -169,7 +172,9 @@ class Halves:
         return self._rounds[number].inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
 
     def combine_receive(self, number: int) -> None:
-        self.combined[number] = self._combines[number].receive().cpu().clone()
+        combined = self._combines[number].receive()
+        self._a2a.synchronize()
+        self.combined[number] = combined.cpu().clone()
 
 
 def check_rank(config: Config, rank: int, got: Halves | Result, expected: Sequence[Expected]) -> None:

@@ -12,10 +12,11 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "engines", "group", "heap", "plan", "results", "rounds", "slots"},
+    {"arguments", "cuda", "engines", "group", "heap", "plan", "results", "rounds", "slots"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)
+EXTENSIONS = {"_core", "_cuda"}
 FOLDERS = {"backend": "moebius", "graphs": "moebius.graphs"}  # folder -> installed name
 
 
@@ -62,7 +63,7 @@ def parts_used(name: str) -> set[str]:
     for imported in imports(name):
         parts = imported.split(".")
         if parts[0] == "moebius":
-            is_module = len(parts) > 1 and (parts[1] == "_core" or ".".join(parts[:2]) in MODULES)
+            is_module = len(parts) > 1 and (parts[1] in EXTENSIONS or ".".join(parts[:2]) in MODULES)
             used.add(parts[1] if is_module else "")
     return used
 
@@ -78,13 +79,18 @@ def layer(of: str) -> int:
 # `moebius` gathers the public names and so stands above its modules.
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"moebius"}))
 def test_a_module_imports_only_its_own_layer_and_those_below(name: str) -> None:
-    for used in parts_used(name) - {"_core"}:
+    for used in parts_used(name) - EXTENSIONS:
         assert layer(used) <= layer(part(name)), f"{name} imports moebius.{used}, which is above it"
 
 
-def test_native_is_a_leaf_and_alone_imports_the_extension() -> None:
-    assert parts_used("moebius.native") <= {"_core", "env", "errors"}
-    assert [name for name in MODULES if "_core" in parts_used(name)] in ([], ["moebius.native"])
+def test_native_is_a_leaf_and_alone_imports_the_extensions() -> None:
+    assert parts_used("moebius.native") <= {*EXTENSIONS, "env", "errors"}
+    assert [name for name in MODULES if EXTENSIONS & parts_used(name)] == ["moebius.native"]
+
+
+def test_only_the_cuda_engine_imports_cuda_bindings() -> None:
+    users = {name for name in MODULES if any(used.split(".")[0] == "cuda" for used in imports(name))}
+    assert users <= {"moebius.cuda.driver"}
 
 
 def test_only_the_adapter_imports_vllm() -> None:
