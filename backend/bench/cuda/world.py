@@ -50,11 +50,10 @@ class World:
             timeout_s: deadline of a wait.
         """
         self.device, self.config = device, workload.config(timeout_s)
-        make: Any = AllToAll
-        options: dict[str, Any] = {"device": device.where, "num_sms": num_sms} if device.is_cuda else {}
+        budget = num_sms if device.is_cuda else None
         self._stack = contextlib.ExitStack()
-        self.ranks: list[AllToAll] = [
-            self._stack.enter_context(make(group, self.config, **options)) for group in groups
+        self.ranks = [
+            self._stack.enter_context(AllToAll(group, self.config, device.where, num_sms=budget)) for group in groups
         ]
         self.num_ranks = self.ranks[0].num_ranks
         dtype = DTYPES[self.config.output_dtype]
@@ -182,9 +181,7 @@ class World:
         """
         self.device.synchronize()
         for a2a in self.ranks:
-            if self.device.is_cuda:
-                engine: Any = a2a
-                engine.synchronize()
+            a2a.synchronize()
             if a2a.dead_ranks:
                 raise MoebiusError(f"rank {a2a.rank} has given up ranks {a2a.dead_ranks}")
 
