@@ -257,7 +257,7 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     halves = {name: {"p50_us": 2.0, "p99_us": 3.0, "samples": 9} for name in (*HALVES, "round")}
     return {
         "machine": machine, "commit": None, "command": "python -m moebius bench", "suite": "decode",
-        "gpu": {"name": "<b>", "sms": 132, "stream_gbps": 4300.0, "torch_cuda": "13.0", "before": {}, "after": {}},
+        "gpu": {"name": "<b>", "sms": 132, "stream_gbps": 4300.0, "torch_cuda": "13.0", "before": {}, "meanwhile": []},
         "ranks_are": "virtual", "method": "m", "rows": rows, "fits": fits(rows), "host_us": {"bf16": halves},
         "frame_us": {"8": 4.0}, "profile": {"gaps": [], "clean": False}, "errors": ["a <failure>"], "skipped": [],
         "seconds": 1.0,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moebius.bench.cuda import gpu
 from moebius.bench.cuda.devices import CudaDevice, NoDeviceError
 from moebius.bench.cuda.schedules import BY_OP, play
+from moebius.bench.cuda.tables import gpu_line
 
 
 class Fake:
@@ -124,6 +126,19 @@ def test_stamps_in_a_capture_are_nodes_of_the_graph(fake: Fake) -> None:
 def test_a_gpu_that_is_not_there(fake: Fake) -> None:
     with pytest.raises(NoDeviceError, match="GPU number 3"):
         CudaDevice(1, 3)
+
+
+def test_clocks_are_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 22.0])
+    monkeypatch.setattr(gpu, "monotonic", lambda: next(clock))
+    watch = gpu.Watch(2, lambda index: {"sm_clock_mhz": str(1000 + index)})
+    for _ in range(3):
+        watch.look()
+    assert watch.seen == [{"at_s": 1.0, "sm_clock_mhz": "1002"}, {"at_s": 22.0, "sm_clock_mhz": "1002"}]
+    about = {"name": "g", "sms": 1, "stream_gbps": 1.0, "torch_cuda": "13", "meanwhile": watch.seen}
+    before = dict.fromkeys(gpu.FIELDS, "345")
+    line = gpu_line({"gpu": about | {"before": before}, "machine": {"torch": "2"}, "commit": None})
+    assert "SM clock 345 MHz before, 1002 to 1002 meanwhile" in line
 
 
 def test_torch_has_what_the_stand_in_has() -> None:
