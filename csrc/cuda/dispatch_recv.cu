@@ -47,7 +47,7 @@ MOEBIUS_DEVICE Shared carve(const Shape& s, bool is_token_major, int num_words) 
   return shared;
 }
 size_t shared_bytes(const Shape& s, bool is_token_major, int num_words) {
-  return kMoverSharedBytes +
+  return kMoverSharedBytes + kRowsBytes +
          positions_bytes(s.num_local_experts(), is_token_major ? 0 : num_words) +
          4 * (static_cast<size_t>(s.num_ranks) + 3);
 }
