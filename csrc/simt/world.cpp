@@ -112,7 +112,7 @@ Stream* World::new_stream(int rank) {
 }
 
 void World::free_stream(Stream* stream) {
-  synchronize(stream);
+  if (!has_failed()) synchronize(stream);
   Hold hold;
   streams_.erase(std::find_if(
       streams_.begin(), streams_.end(), [&](const auto& s) { return s.get() == stream; }));
@@ -282,7 +282,22 @@ void World::synchronize(const Stream* stream) {
     for (auto& known : known_to_rank_) known.clear();
     memory_.clear();
   } else if (stream != nullptr) {
-    host_.merge(stream->end, memory_.num_ranks(), 0);
+    // The host has seen what the stream did: whoever is launched from now on may rely on it.
+    const uint32_t stamp = memory_.stamp();
+    std::vector<RecordRef>& known = known_to_rank_[stream->rank];
+    size_t kept = 0;
+    for (const RecordRef ref : known) {
+      Record* const r = memory_.find(ref);
+      if (r == nullptr) continue;
+      if (r->rank_stamp <= stream->end.rank) {
+        r->sys_stamp = stamp;
+      } else {
+        known[kept++] = ref;
+      }
+    }
+    known.resize(kept);
+    host_.merge_ranks(stream->end, memory_.num_ranks());
+    host_.ranks[stream->rank] = stamp;
   }
 }
 
