@@ -38,9 +38,6 @@ void thread_main() {
 }  // namespace
 
 void World::configure() {
-  if (options_.num_ranks < 1 || options_.num_ranks > kMaxRanks) {
-    throw Error("at most " + std::to_string(kMaxRanks) + " ranks");
-  }
   random_.reseed(options_.seed);
   constexpr int kPreempt[] = {0, 300, 60, 16};
   constexpr int kBulkRate[] = {1, 4, 16, 60};
