@@ -56,7 +56,9 @@ Memory::~Memory() {
 
 Engine::Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps)
     : device_(config.device),
+      rank_(rank),
       num_ranks_(config.shape.num_ranks),
+      heaps_(heaps),
       private_(config.device, static_cast<size_t>(private_bytes(config.shape))),
       pinned_(config.device, sizeof(FaultRecord), Memory::Kind::kPinned) {
   const DeviceScope scope(device_);
@@ -144,6 +146,10 @@ void Engine::mask(int rank, bool is_dead) {
   const DeviceScope scope(device_);
   const uint32_t word = is_dead ? 1 : 0;
   copy(self_.heap + self_.layout.masks + rank * int64_t{sizeof word}, &word, sizeof word);
+  // It looks at its own memory for who has given it up.
+  copy(heaps_.at(static_cast<size_t>(rank)) + self_.layout.refusals + rank_ * int64_t{sizeof word},
+       &word,
+       sizeof word);
 }
 
 uint64_t Engine::round_of(const uint64_t* handle) const {

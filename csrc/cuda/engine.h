@@ -107,7 +107,9 @@ class Engine {
   LocalState& state() const;
 
   const int device_;
+  const int rank_;
   const int num_ranks_;
+  const std::vector<std::byte*> heaps_;
   int num_sms_ = 0;
   Memory private_;  // LocalState, the addresses of the heaps, expert_counts
   Memory pinned_;   // FaultRecord

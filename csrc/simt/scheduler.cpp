@@ -165,11 +165,19 @@ bool World::is_slow(const Block& block) const {
   return block.launch->rank == slow_rank_ || (slow_blocks_ != 0 && block.id % slow_blocks_ == 0);
 }
 
+void World::do_copy() {
+  if (bulk_.is_empty() || (!network_.is_empty() && options_.seed != 0 && random_.one_in(2))) {
+    network_.do_one(random_);
+  } else {
+    bulk_.do_one(random_);
+  }
+}
+
 World::Outcome World::step() {
   const bool is_seeded = options_.seed != 0;
   if (is_seeded) {
-    if (!bulk_.is_empty() && random_.one_in(static_cast<uint32_t>(bulk_rate_))) {
-      bulk_.do_one(random_);
+    if (has_copies() && random_.one_in(static_cast<uint32_t>(bulk_rate_))) {
+      do_copy();
       if (has_failed()) return Outcome::kWorked;
     }
     if (random_.one_in(8)) start_something();
@@ -178,8 +186,8 @@ World::Outcome World::step() {
   std::vector<Warp*>& polling = lists_[kPolling];
   if (active.empty()) {
     if (start_something()) return Outcome::kWorked;
-    if (!bulk_.is_empty()) {
-      bulk_.do_one(random_);
+    if (has_copies()) {
+      do_copy();
       return Outcome::kWorked;
     }
     if (!polling.empty()) return poll();
@@ -199,8 +207,8 @@ World::Outcome World::step() {
     }
     if (is_slow(*warp->block) && !random_.one_in(32)) {
       // Only such are left: first all that others may be waiting for.
-      if (!bulk_.is_empty()) {
-        bulk_.do_one(random_);
+      if (has_copies()) {
+        do_copy();
         return Outcome::kWorked;
       }
       if (start_something()) return Outcome::kWorked;
@@ -376,6 +384,7 @@ void World::stop_all() {
   lists_[1].clear();
   starting_.clear();
   bulk_.clear();
+  network_.clear();
   for (Block* block : blocks_) {
     for (auto& t : block->threads) free_threads().push_back(std::move(t));
     block->threads.clear();

@@ -92,7 +92,7 @@ std::byte* World::take_shared() {
   return shared;
 }
 
-World::World(const Options& options) : options_(options), bulk_(*this) {
+World::World(const Options& options) : options_(options), bulk_(*this), network_(*this) {
   check(options);
   configure();
 }

@@ -15,6 +15,7 @@
 #include "simt/bulk.h"
 #include "simt/machine.h"
 #include "simt/memory.h"
+#include "simt/network.h"
 #include "simt/random.h"
 
 namespace moebius::simt {
@@ -78,6 +79,7 @@ class World {
   // For the functions of the device.
   Memory& memory() { return memory_; }
   BulkCopies& bulk() { return bulk_; }
+  Network& network() { return network_; }
   Random& random() { return random_; }
   // Stores that a rank's threads can know and those of other ranks cannot.
   std::vector<RecordRef>& known_to_rank(int rank) { return known_to_rank_[rank]; }
@@ -107,6 +109,8 @@ class World {
   void record_failure_of_current(std::string what);
   void poll_again(Thread& thread, const Site& site);
   bool start_something();
+  bool has_copies() const { return !bulk_.is_empty() || !network_.is_empty(); }
+  void do_copy();  // one step of one under way
   bool start_block(Launch& launch);
   void start_launches();
   bool may_start(const Stream& stream, size_t i);
@@ -127,6 +131,7 @@ class World {
   Random random_;
   Memory memory_;
   BulkCopies bulk_;
+  Network network_;
   Context scheduler_;
   std::string failure_;
 

@@ -16,7 +16,7 @@ from moebius import Config, reference
 from moebius.graphs import interleave, moe_layer, split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moebius import AllToAll, Dispatched
     from moebius.graphs import Batch
@@ -117,6 +117,7 @@ class InterleavedStep(Step):
 
     Attributes:
         comm_stream: for the halves; None for one stream.
+        settle: called before the host computes on what a half gives, where streams do not see to it.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class InterleavedStep(Step):
         super().__init__(a2a, num_layers)
         self.num_parts = num_parts
         self.comm_stream = comm_stream
+        self.settle: Callable[[], None] = lambda: None
 
     def __call__(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, num_valid_tokens: Tensor | None = None
@@ -146,8 +148,52 @@ class InterleavedStep(Step):
         for layer in range(self.num_layers):
             ids = shifted(topk_ids, layer)
             y = yield from moe_layer(self.a2a, self.experts, x, ids, topk_weights, num_valid_tokens=num_valid_tokens)
+            self.settle()
             x = mixed(x, y)
         return x
 
     def experts(self, recv: Dispatched) -> Tensor:
+        self.settle()
         return expert_out(self.a2a.rank, recv.x)
+
+
+class RanksStep:
+    """The steps of all ranks as one, by one thread and on one stream: every rank sends before the first receives.
+
+    Its inputs hold the ranks side by side, see `side_by_side`; each rank has its own T, and micro-batches.
+    """
+
+    def __init__(self, steps: Sequence[InterleavedStep]) -> None:
+        self.steps = steps
+
+    def __call__(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, counts: Tensor, *, num_valid_tokens: Tensor
+    ) -> Tensor:
+        assert num_valid_tokens.numel() == 1
+        num_ranks, num_parts = len(self.steps), self.steps[0].num_parts
+        batches = []
+        for number in range(num_parts):
+            for rank, step in enumerate(self.steps):
+                part = split(len(x), counts[0, rank : rank + 1], num_parts)[number]
+                mine = RankBatch(
+                    *(each.view(len(x), num_ranks, -1)[part.rows, rank] for each in (x, topk_ids, topk_weights))
+                )
+                batches.append(step.layers(*mine.tensors, part.num_valid_tokens))
+        outputs = interleave(batches)
+        return torch.cat([torch.cat(outputs[rank::num_ranks]) for rank in range(num_ranks)], 1)
+
+
+def side_by_side(batches: Sequence[RankBatch]) -> tuple[Tensor, ...]:
+    """[T, R H], [T, R K], [T, R K], and [T, R] int32: the batches of all ranks, and in each row how long they are.
+
+    T is that of the rank with most tokens.
+    """
+    sizes = [batch.x.shape[0] for batch in batches]
+    columns = []
+    for each, value in zip(zip(*(batch.tensors for batch in batches), strict=True), PADDING, strict=True):
+        parts = [tensor.new_full((max(sizes), tensor.shape[1]), value) for tensor in each]
+        for part, tensor in zip(parts, each, strict=True):
+            part[: tensor.shape[0]] = tensor
+        columns.append(torch.cat(parts, 1))
+    counts = torch.tensor(sizes, dtype=torch.int32, device=columns[0].device).expand(max(sizes), -1)
+    return (*columns, counts.contiguous())

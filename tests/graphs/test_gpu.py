@@ -18,10 +18,12 @@ from tests.graphs.steps import (
     MOST,
     PADDING,
     InterleavedStep,
+    RanksStep,
     Step,
     batch_of,
     config,
     reference_step,
+    side_by_side,
 )
 from tests.graphs.virtual_ranks import BUCKETS, VirtualRanks
 from tests.helpers.compare import assert_same
@@ -120,7 +122,7 @@ def test_micro_batches(num_streams: int) -> None:
 class Together:
     """The steps of all ranks as one, forked from one stream and joined again; T is that of the rank with most tokens.
 
-    Its inputs hold the ranks side by side: [T, R H], [T, R K], [T, R K], and [T, R] int32, each row the ranks' own T.
+    Its inputs hold the ranks side by side, see `side_by_side`.
     """
 
     def __init__(self, ranks: VirtualRanks) -> None:
@@ -147,25 +149,16 @@ class Together:
         return torch.cat(outputs, 1)
 
 
-def side_by_side(batch: Batch) -> tuple[Tensor, ...]:
-    """The inputs of `Together`."""
-    sizes = [rank.x.shape[0] for rank in batch.ranks]
-    columns = []
-    for each, value in zip(zip(*(rank.tensors for rank in batch.ranks), strict=True), PADDING, strict=True):
-        parts = [tensor.new_full((max(sizes), tensor.shape[1]), value) for tensor in each]
-        for part, tensor in zip(parts, each, strict=True):
-            part[: tensor.shape[0]] = tensor
-        columns.append(torch.cat(parts, 1))
-    counts = torch.tensor(sizes, dtype=torch.int32, device=columns[0].device).expand(max(sizes), -1)
-    return (*columns, counts.contiguous())
-
-
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_all_ranks_in_one_graph(num_ranks: int) -> None:
+@pytest.mark.parametrize("form", ["streams", "one-stream", "one-stream-micro-batches"])
+def test_all_ranks_in_one_graph(num_ranks: int, form: str) -> None:
+    """The first form needs the device to run the ranks' branches at a time, the others need no half to wait."""
     with VirtualRanks(num_ranks) as ranks:
         batches = batches_for(ranks, LAYERS)
-        inputs = [side_by_side(batch) for batch in batches]
-        step = Together(ranks)
+        inputs = [side_by_side(batch.ranks) for batch in batches]
+        num_parts = 2 if form == "one-stream-micro-batches" else 1
+        halves = RanksStep([InterleavedStep(a2a, num_parts=num_parts) for a2a in ranks.a2as])
+        step = Together(ranks) if form == "streams" else halves
         with GraphedStep(step, ranks.a2as, inputs[0], buckets=BUCKETS, padding=(*PADDING, 0)) as graph:
             graph.capture()
             for number in range(60):
