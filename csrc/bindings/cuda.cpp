@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -74,7 +75,8 @@ std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
                     payload_bytes,
                     scale_bytes,
                     reply_bytes,
-                    has_weights};
+                    has_weights,
+                    std::count(heaps.begin(), heaps.end(), 0) != 0};
   const EngineConfig config{shape,
                             is_token_major,
                             static_cast<ScaleFormat>(scale_format),

@@ -44,6 +44,11 @@ inline void bind(pybind11::module_& m) {
   m.def("register_memory", [](int rank, uintptr_t base, size_t num_bytes) {
     World::process().register_memory(rank, reinterpret_cast<void*>(base), num_bytes);
   });
+  m.def("register_symmetric", [](int rank, uintptr_t base, size_t num_bytes) {
+    World::process().network().register_symmetric(rank, reinterpret_cast<void*>(base), num_bytes);
+  });
+  m.def("num_puts", [](int rank) { return World::process().network().num_puts(rank); });
+  m.def("num_words", [](int rank) { return World::process().network().num_words(rank); });
   m.def("host_wrote", [](uintptr_t base, size_t num_bytes) {
     World::process().host_wrote(reinterpret_cast<const void*>(base), num_bytes);
   });

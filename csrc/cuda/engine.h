@@ -74,7 +74,8 @@ enum class Outcome : int32_t {
 
 class Engine {
  public:
-  // `heaps[r]`: address of rank r's heap on this device. Throws DeviceError.
+  // `heaps[r]`: address of rank r's heap on this device; null where only the network reaches it.
+  // Throws DeviceError.
   Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps);
 
   // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,14 @@ def run_simt(
     """As `run_single`, the kernels of the CUDA engine run by the host executor, with the test's own schedule."""
     simt.extension().reset(simt.seed_of_test())
     return run_single(config, num_ranks, program, arguments, skew, make=simt.SimtAllToAll)
+
+
+def run_simt_nodes(
+    per_node: int, config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Any = None
+) -> list[Any]:
+    """As `run_simt`, in nodes of so many ranks: only those of one node reach each other without the network."""
+    simt.extension().reset(simt.seed_of_test())
+    return run_single(config, num_ranks, program, arguments, skew, make=simt.in_nodes_of(per_node))
 
 
 def run_streams(
@@ -185,6 +194,8 @@ ENGINES = {
         Engine("cpu-threads", run_threads, concurrent=True),
         Engine("cpu-processes", run_processes, concurrent=True),
         Engine("simt", run_simt, concurrent=False),
+        Engine("simt-2x2", functools.partial(run_simt_nodes, 2), concurrent=False, sizes=(4,)),
+        Engine("simt-4x1", functools.partial(run_simt_nodes, 1), concurrent=False, sizes=(2, 4)),
         Engine("cuda-streams", run_streams, concurrent=False),
         Engine("cuda-threads", run_stream_threads, concurrent=True),
     )

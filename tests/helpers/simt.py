@@ -152,6 +152,7 @@ class SimtAllToAll(AllToAll):
     """
 
     num_sms: int = 2  # of the executor's few
+    per_node: int | None = None  # ranks that reach each other directly; None: all
     stream: int
 
     def __init__(self, group: VirtualRank, config: Config, num_sms: int | None = None) -> None:
@@ -176,19 +177,23 @@ class SimtAllToAll(AllToAll):
     ) -> engines.Engine:
         simt = extension()
         rank, num_ranks = rank_and_size(group)
-        num_bytes = native.core().HeapLayout(shape_of(config, num_ranks)).total
+        per_node = self.per_node or num_ranks
+        shape = shape_of(config, num_ranks, has_outbox=per_node < num_ranks)
+        num_bytes = native.core().HeapLayout(shape).total
 
         def make() -> list[Any]:
             heaps = [simt.Memory(0, num_bytes) for _ in range(num_ranks)]
             for owner, heap in enumerate(heaps):
                 simt.register_memory(owner, heap.address, num_bytes)
+                simt.register_symmetric(owner, heap.address, num_bytes)
             return heaps
 
         heaps = group.share(repr(config), make)
         self.stream = simt.new_stream(rank)
         place = Place(-1, ALIGNMENT, reads_late=True)
         machine = Machine(simt, torch.device("cpu"), 0, place, lambda: self.stream)
-        memory = SymmetricMemory(rank, [heap.address for heap in heaps], num_bytes, "virtual", heaps)
+        addresses = [heap.address if peer // per_node == rank // per_node else 0 for peer, heap in enumerate(heaps)]
+        memory = SymmetricMemory(rank, addresses, num_bytes, "virtual", heaps)
         return KeepingEngine(config, machine, memory, num_sms or self.num_sms)
 
     def begin_capture(self) -> None:
@@ -198,3 +203,8 @@ class SimtAllToAll(AllToAll):
     def end_capture(self) -> Any:
         """What was recorded; `replay(stream)` runs it."""
         return extension().end_capture(self.stream)
+
+
+def in_nodes_of(per_node: int) -> type[SimtAllToAll]:
+    """An `AllToAll` whose rank reaches those of its node directly, and the others over the executor's network."""
+    return type(f"SimtAllToAllInNodesOf{per_node}", (SimtAllToAll,), {"per_node": per_node})
