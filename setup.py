@@ -39,7 +39,7 @@ def core() -> Pybind11Extension:
     """
     return Pybind11Extension(
         f"{PACKAGE}._core",
-        [*files("csrc/cpu/**/*.cpp"), "csrc/bindings/core.cpp"],
+        [*files("csrc/cpu/**/*.cpp"), "csrc/bindings/core.cpp", "csrc/bindings/network.cpp"],
         include_dirs=["csrc"],
         depends=HEADERS,
         cxx_std=17,

@@ -277,7 +277,7 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
   const int chunk = l.num_words * 32;
-  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes};
+  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes, Share::of_grid()};
   for (int begin = 0; begin < num_cells; begin += chunk) {
     const int end = static_cast<int>(min_of(begin + chunk, num_cells));
     mover.rows.chunk_begin = begin;
@@ -350,7 +350,7 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
   const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
-  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes};
+  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes, Share::of_grid()};
   mover.start(num_cells);
   describe_cells(p, begun, num_cells, shared);
   // Rows without a token read as unrouted.

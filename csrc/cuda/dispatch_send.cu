@@ -82,7 +82,7 @@ MOEBIUS_DEVICE int64_t count_valid(const DispatchSendParams& p) {
 // Reads what does not change while the kernel runs.
 MOEBIUS_DEVICE void read_ranks(const Rank& self, const Shared& shared) {
   for (int r = thread_index(); r < self.layout.shape.num_ranks; r += num_threads()) {
-    store(shared.heaps + r, load(self.heaps + r));
+    store(shared.heaps + r, r == self.rank ? self.heap : load(self.heaps + r));
     store(shared.is_alive + r, is_masked(self, r) ? 0 : 1);
   }
 }
@@ -100,8 +100,7 @@ MOEBIUS_DEVICE void take_slot(
     // Never combined: the empty combine.
     for (int dst = thread_index(); dst < num_ranks; dst += num_pollers) {
       if (load(shared.is_alive + dst) == 0) continue;
-      store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kCombine),
-                        signal_word(closed, 0));
+      send_signal(self, dst, slot, SignalKind::kCombine, signal_word(closed, 0));
     }
   }
   for (int src = thread_index(); src < num_ranks; src += num_pollers) {
@@ -199,7 +198,11 @@ MOEBIUS_DEVICE Destinations find_destinations(
   if (is_first) {
     const int position = shared.positions.find(d.dst, token - chunk_begin);
     d.reply_row = s.has_weights ? load(shared.reply_base + d.dst) + position : token * s.num_topk;
-    d.cell = load(shared.heaps + d.dst) + p.self.layout.cell(slot, p.self.rank, position);
+    std::byte* heap = load(shared.heaps + d.dst);
+    d.cell =
+        kHasNetwork && heap == nullptr
+            ? p.self.heap + p.self.layout.outbox_cell(load(shared.reply_base + d.dst) + position)
+            : heap + p.self.layout.cell(slot, p.self.rank, position);
   }
   return d;
 }
@@ -319,11 +322,25 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
   if (has_failed(self, epoch)) {
     lose(self, Half::kDispatchSend, epoch);
   } else {
+    const auto word_for = [&](int dst) {
+      return signal_word(epoch, static_cast<uint64_t>(load(shared.num_sent + dst)));
+    };
     for (int dst = thread_index(); dst < num_ranks; dst += num_threads()) {
       if (load(shared.is_alive + dst) == 0) continue;
+      if (kHasNetwork && load(shared.heaps + dst) == nullptr) continue;
       // Release: the cells that all blocks have written. [arrived]
       store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kDispatch),
-                        signal_word(epoch, static_cast<uint64_t>(load(shared.num_sent + dst))));
+                        word_for(dst));
+    }
+    // One message for each remote rank: its cells stand together, here and there.
+    for (int dst = warp_index(); kHasNetwork && dst < num_ranks; dst += kWarpsPerBlock) {
+      if (load(shared.is_alive + dst) == 0 || load(shared.heaps + dst) != nullptr) continue;
+      warp_put_signal(dst,
+                      self.heap + self.layout.cell(slot, self.rank, 0),
+                      self.heap + self.layout.outbox_cell(load(shared.reply_base + dst)),
+                      load(shared.num_sent + dst) * self.layout.cell_bytes,
+                      signal_at(self, self.rank, slot, self.rank, SignalKind::kDispatch),
+                      word_for(dst));
     }
   }
   if (thread_index() != 0) return;
@@ -331,8 +348,7 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
   for (int dst = 0; dst < num_ranks; ++dst) {
     if (dst != self.rank) remote += load(shared.num_sent + dst) * self.layout.cell_bytes;
   }
-  uint64_t* bytes = &self.state->remote_bytes;
-  store(bytes, load(bytes) + static_cast<uint64_t>(remote));
+  add_relaxed_gpu(&self.state->remote_bytes, remote);
   store(p.handle, epoch);
   store(&control_of(self, self.rank)->epoch, epoch + 1);
 }
@@ -383,6 +399,8 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
     }
     if (thread_index() == 0) store(num_sent + s.num_ranks, num_valid);
   }
+  // What the last rounds left in the outbox has long left it.
+  if (kHasNetwork && self.layout.shape.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
   if (is_ours && num_valid <= chunk) {
     send_tokens<kEncoding, kX>(l, slot, 0, num_valid, shared);

@@ -163,7 +163,7 @@ uint64_t Engine::num_rounds() const {
 
 int64_t Engine::remote_bytes() const {
   const DeviceScope scope(device_);
-  return static_cast<int64_t>(read<LocalState>(self_.state).remote_bytes);
+  return read<LocalState>(self_.state).remote_bytes;
 }
 
 std::vector<bool> Engine::dead() const {

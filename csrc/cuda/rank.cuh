@@ -27,6 +27,10 @@ MOEBIUS_DEVICE T* in_heap(const Rank& self, int rank, int64_t offset) {
   std::byte* heap = rank == self.rank ? self.heap : load(self.heaps + rank);
   return reinterpret_cast<T*>(heap + offset);
 }
+// Whether a rank's memory is not mapped here: then only the network reaches it.
+MOEBIUS_DEVICE bool is_remote(const Rank& self, int rank) {
+  return kHasNetwork && rank != self.rank && load(self.heaps + rank) == nullptr;
+}
 MOEBIUS_DEVICE Control* control_of(const Rank& self, int rank) {
   return in_heap<Control>(self, rank, self.layout.control);
 }
@@ -36,6 +40,15 @@ MOEBIUS_DEVICE uint64_t* signal_at(const Rank& self, int at, int slot, int src, 
 template <class T>
 MOEBIUS_DEVICE T* in_workspace(const Rank& self, int slot, int64_t what) {
   return in_heap<T>(self, self.rank, self.layout.local(slot, what));
+}
+// Tells rank `dst` a word of round `slot`; what this thread has seen written is published with it.
+MOEBIUS_DEVICE void send_signal(
+    const Rank& self, int dst, int slot, SignalKind kind, uint64_t word) {
+  if (is_remote(self, dst)) {
+    put_word(dst, signal_at(self, self.rank, slot, self.rank, kind), word);
+  } else {
+    store_release_sys(signal_at(self, dst, slot, self.rank, kind), word);
+  }
 }
 MOEBIUS_DEVICE bool is_masked(const Rank& self, int rank) {
   return load(in_heap<const uint32_t>(self, self.rank, self.layout.masks) + rank) != 0;
@@ -96,6 +109,7 @@ MOEBIUS_DEVICE int find_culprit(const Rank& self, int src) {
   int culprit = src;
   const int num_ranks = self.layout.shape.num_ranks;
   for (int hop = 0; hop < num_ranks; ++hop) {
+    if (is_remote(self, culprit)) return culprit;  // what it waits for cannot be seen from here
     const uint64_t word = load_acquire_sys(&control_of(self, culprit)->awaiting);
     if (word == 0) return culprit;
     const int next = static_cast<int>(signal_value(word) / 2);
@@ -235,12 +249,9 @@ MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
   sync_block();
   for (int dst = thread_index(); dst < self.layout.shape.num_ranks; dst += num_threads()) {
     if (is_masked(self, dst)) continue;
-    if (half == Half::kDispatchSend) {
-      store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kDispatch), word);
-    }
-    if (!is_combined) {
-      store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kCombine), word);
-    }
+    network_fence();  // or the words of rounds before could arrive over these
+    if (half == Half::kDispatchSend) send_signal(self, dst, slot, SignalKind::kDispatch, word);
+    if (!is_combined) send_signal(self, dst, slot, SignalKind::kCombine, word);
   }
   sync_block();
   if (thread_index() != 0) return;
@@ -257,7 +268,12 @@ MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
   fault.waited_ns = load(&noted.waited_ns);
   if (fault.kind == FaultKind::kTimeout && culprit != self.rank) {
     store(in_heap<uint32_t>(self, self.rank, self.layout.masks) + culprit, 1u);
-    store_release_sys(in_heap<uint32_t>(self, culprit, self.layout.refusals) + self.rank, 1u);
+    const int64_t refusal = self.layout.refusal(self.rank);
+    if (is_remote(self, culprit)) {
+      put_word(culprit, in_heap<uint32_t>(self, self.rank, refusal), 1u);
+    } else {
+      store_release_sys(in_heap<uint32_t>(self, culprit, refusal), 1u);
+    }
   }
   record(self, half, fault);
 }

@@ -10,9 +10,7 @@
 
 namespace moebius::simt {
 
-size_t Network::rank_of(const Thread& by) {
-  return static_cast<size_t>(by.block->launch->rank);
-}
+size_t Network::rank_of(const Thread& by) { return static_cast<size_t>(by.block->launch->rank); }
 
 void Network::register_symmetric(int rank, void* base, size_t num_bytes) {
   symmetric_.at(static_cast<size_t>(rank)) = {static_cast<std::byte*>(base), num_bytes};
@@ -67,9 +65,8 @@ void Network::put(Thread& by,
   made->dst = dst;
   made->to = num_bytes != 0 ? at(src, dst, to, num_bytes) : nullptr;
   made->from = static_cast<const std::byte*>(from);
-  made->signal = signal != nullptr
-                     ? reinterpret_cast<uint64_t*>(at(src, dst, signal, sizeof word))
-                     : nullptr;
+  made->signal =
+      signal != nullptr ? reinterpret_cast<uint64_t*>(at(src, dst, signal, sizeof word)) : nullptr;
   made->word = word;
   made->word_bytes = sizeof word;
   ++(num_bytes != 0 ? num_puts_ : num_words_)[static_cast<size_t>(src)];
@@ -106,9 +103,8 @@ void Network::arrive(void* to, const void* data, size_t num_bytes) {
 void Network::end(const Put& put) {
   if (put.signal != nullptr) arrive(put.signal, &put.word, put.word_bytes);
   --num_open_[static_cast<size_t>(put.src)];
-  open_.erase(std::find_if(open_.begin(), open_.end(), [&](const std::shared_ptr<Put>& p) {
-    return p.get() == &put;
-  }));
+  open_.erase(std::find_if(
+      open_.begin(), open_.end(), [&](const std::shared_ptr<Put>& p) { return p.get() == &put; }));
 }
 
 void Network::do_one(Random& random) {
@@ -139,12 +135,8 @@ void Network::clear() {
   num_open_.fill(0);
 }
 
-void put_signal(int dst,
-                void* to,
-                const void* from,
-                size_t num_bytes,
-                uint64_t* signal,
-                uint64_t word) {
+void put_signal(
+    int dst, void* to, const void* from, size_t num_bytes, uint64_t* signal, uint64_t word) {
   touch();
   world().network().put(*current, dst, to, from, num_bytes, signal, word);
 }

@@ -20,7 +20,8 @@ class Network {
  public:
   explicit Network(World& world) : world_(world) {}
 
-  // Memory that every rank has alike: an address in one's own stands for the same place in another's.
+  // Memory that every rank has alike: an address in one's own stands for the same place in
+  // another's.
   void register_symmetric(int rank, void* base, size_t num_bytes);
 
   // Posts the copy of `num_bytes` from `from` to the place of `to` at rank `dst`; then, with a

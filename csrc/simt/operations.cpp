@@ -27,7 +27,7 @@ void remember(Thread& by, RecordRef ref) {
 
 }  // namespace
 
-void preempt() { world().yield(*current, false, {}); }
+void preempt() { world().preempt(*current); }
 
 void check_access(const void* p, size_t n, bool is_gpu_atomic) {
   Thread& by = *current;

@@ -14,6 +14,8 @@ Thread* current = nullptr;
 namespace {
 
 constexpr int kActive = 0, kPolling = 1;
+constexpr int kLongBudget = 1 << 14;  // operations; who needs more polls, and does not say so
+constexpr int kLongTurns = 200;
 
 int64_t real_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -36,9 +38,6 @@ void thread_main() {
 }  // namespace
 
 void World::configure() {
-  if (options_.num_ranks < 1 || options_.num_ranks > kMaxRanks) {
-    throw Error("at most " + std::to_string(kMaxRanks) + " ranks");
-  }
   random_.reseed(options_.seed);
   constexpr int kPreempt[] = {0, 300, 60, 16};
   constexpr int kBulkRate[] = {1, 4, 16, 60};
@@ -77,17 +76,30 @@ void World::block_thread(Thread& thread, Wait wait, const Site& site, const void
   thread.wait = wait;
   thread.site = site;
   thread.awaited = awaited;
+  thread.num_turns = 0;
   warp_of(thread).ready &= ~(1u << thread.lane);
   is_quiet_ = false;
   leave(thread.context, scheduler_, false);
 }
 
-void World::yield(Thread& thread, bool is_relaxing, const Site& site) {
-  if (is_relaxing) {
-    thread.wait = Wait::kRelax;
-    thread.site = site;
-    warp_of(thread).relaxing |= 1u << thread.lane;
+void World::preempt(Thread& thread) {
+  if (thread.num_turns < kLongTurns) {
+    thread.num_turns += preempt_mean_ == 0 ? kLongTurns : 1;
+    leave(thread.context, scheduler_, false);
+  } else {
+    poll_again(thread, {"", "it does not call relax", 0});
   }
+}
+
+void World::relax(Thread& thread, const Site& site) {
+  thread.num_turns = 0;
+  poll_again(thread, site);
+}
+
+void World::poll_again(Thread& thread, const Site& site) {
+  thread.wait = Wait::kRelax;
+  thread.site = site;
+  warp_of(thread).relaxing |= 1u << thread.lane;
   leave(thread.context, scheduler_, false);
 }
 
@@ -114,10 +126,13 @@ void World::record_failure(const std::string& what) {
 }
 
 void World::resume(Thread& thread) {
-  thread.budget =
-      preempt_mean_ == 0
-          ? 1 << 30
-          : 1 + static_cast<int>(random_.below(2 * static_cast<uint32_t>(preempt_mean_)));
+  if (thread.num_turns >= kLongTurns) {
+    thread.budget = 20;
+  } else if (preempt_mean_ == 0) {
+    thread.budget = kLongBudget;
+  } else {
+    thread.budget = 1 + static_cast<int>(random_.below(2 * static_cast<uint32_t>(preempt_mean_)));
+  }
   memory_.advance();
   now_ns_ += 5 + (counters_.num_switches & 15);
   ++counters_.num_switches;
@@ -288,6 +303,7 @@ bool World::start_block(Launch& launch) {
     t.wait = Wait::kNone;
     t.is_done = false;
     t.seen = t.proxied = launch.start;
+    t.num_turns = 0;
     t.num_stores = t.num_fenced = 0;
     t.unsynced.clear();
     t.unfenced.clear();
@@ -377,7 +393,11 @@ void World::stop_all() {
   }
   blocks_.clear();
   running_.clear();
-  for (auto& s : streams_) s->launches.clear();
+  for (auto& s : streams_) {
+    s->launches.clear();
+    s->is_capturing = false;
+    s->captured.clear();
+  }
   for (auto& known : known_to_rank_) known.clear();
   memory_.clear();
   failure_.clear();

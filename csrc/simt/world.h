@@ -88,7 +88,8 @@ class World {
   void record_failure(const std::string& what);  // elsewhere
   bool has_failed() const { return !failure_.empty(); }
   void block_thread(Thread& thread, Wait wait, const Site& site, const void* awaited);
-  void yield(Thread& thread, bool is_relaxing, const Site& site);
+  void preempt(Thread& thread);
+  void relax(Thread& thread, const Site& site);
   void wake(Thread& thread);
   void made_progress() { is_quiet_ = false; }
   void let_next_start(Block& block);
@@ -106,6 +107,7 @@ class World {
   Outcome step();
   Outcome poll();  // only pollers are left
   void record_failure_of_current(std::string what);
+  void poll_again(Thread& thread, const Site& site);
   bool start_something();
   bool has_copies() const { return !bulk_.is_empty() || !network_.is_empty(); }
   void do_copy();  // one step of one under way
