@@ -148,8 +148,8 @@ def token_major(
     return SlotBuffers(
         x=column(0, wire.payload_len, wire.dtype),
         scales=column(layout.scales_in_cell, wire.scale_len, wire.scale_dtype) if wire.scale_dtype else None,
-        expert_num_tokens=torch.zeros(config.num_local_experts(num_ranks), dtype=torch.int32),
-        src_num_tokens=torch.zeros(num_ranks, dtype=torch.int32),
+        expert_num_tokens=torch.zeros(config.num_local_experts(num_ranks), dtype=torch.int32, device="cpu"),
+        src_num_tokens=torch.zeros(num_ranks, dtype=torch.int32, device="cpu"),
         topk_ids=column(layout.ids_in_cell, config.num_topk, torch.int32),
         topk_weights=column(layout.ids_in_cell + ids_bytes, config.num_topk, torch.float32),
         src_info=None,
