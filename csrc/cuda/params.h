@@ -25,7 +25,7 @@ struct LocalState {
   uint32_t
       num_done[kNumHalves];     // blocks of the running kernel that are done; zero between kernels
   uint64_t lost[kMaxDepth];     // per slot: 1 + the last round that this rank gave up
-  int64_t remote_bytes;        // sent to other ranks so far, headers included
+  int64_t remote_bytes;         // sent to other ranks so far, headers included
   Failure failures[kMaxDepth];  // per slot
 };
 
