@@ -19,12 +19,19 @@ struct Failure {
   Fault fault;
 };
 
+constexpr uint64_t kMostChoices = kLowMask;
+
 // What the kernels of one rank tell each other. Private device memory, zero at first; no peer
 // touches it.
 struct LocalState {
   uint32_t
-      num_done[kNumHalves];     // blocks of the running kernel that are done; zero between kernels
-  uint64_t lost[kMaxDepth];     // per slot: 1 + the last round that this rank gave up
+      num_done[kNumHalves];  // blocks of the running kernel that are done; zero between kernels
+  uint64_t lost[kMaxDepth];  // per slot: 1 + the last round that this rank gave up
+  uint64_t
+      closed[kMaxDepth];  // per slot: 1 + the last round that a block closes by an empty combine
+  // The first bad choice: 1 + the round, then kMostChoices - its place in topk_ids; compared, never
+  // cleared.
+  uint64_t bad_choice;
   uint64_t remote_bytes;        // sent to other ranks so far, headers included
   Failure failures[kMaxDepth];  // per slot
 };
