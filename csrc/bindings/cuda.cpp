@@ -210,11 +210,12 @@ py::object take_fault(Engine& self) {
   return std::move(d);
 }
 
+// Local types: _cuda and _simt are made of the same classes, and a process may load both.
 void bind_engine(py::module_& m) {
   // What waits for the device lets other threads of Python on: their ranks may be what it waits
   // for.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine")
+  py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine", py::module_local())
       .def(py::init(&make_engine),
            Unlocked(),
            py::kw_only(),
@@ -259,7 +260,7 @@ void bind_engine(py::module_& m) {
 }
 
 void bind_memory(py::module_& m) {
-  py::class_<Memory, std::unique_ptr<Memory, UnlockedDelete>>(m, "Memory")
+  py::class_<Memory, std::unique_ptr<Memory, UnlockedDelete>>(m, "Memory", py::module_local())
       .def(py::init<int, size_t>(), Unlocked(), py::arg("device"), py::arg("num_bytes"))
       .def_property_readonly("address",
                              [](const Memory& m) { return reinterpret_cast<uintptr_t>(m.data()); })
@@ -293,7 +294,7 @@ PYBIND11_MODULE(_simt, m) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "moebius CUDA engine";
 #endif
-  py::register_exception_translator(moebius::cuda::translate);
+  py::register_local_exception_translator(moebius::cuda::translate);
   moebius::cuda::bind_memory(m);
   moebius::cuda::bind_engine(m);
 }
