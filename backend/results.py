@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
 
 
 Result = TypeVar("Result")
+
+
+@dataclasses.dataclass
+class ResultTensors:
+    """The tensors of a dispatch's result, wherever they are held; `Dispatched` says what each is."""
+
+    x: Tensor
+    scales: Tensor | None
+    expert_num_tokens: Tensor
+    src_num_tokens: Tensor
+    topk_ids: Tensor | None
+    topk_weights: Tensor | None
+    src_info: Tensor | None
+    layout_range: Tensor | None
+
+
+# In the order in which operators return them.
+RESULT_NAMES = tuple(field.name for field in dataclasses.fields(ResultTensors))
 
 
 class Dispatched:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .results import ResultTensors
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,18 +17,10 @@ if TYPE_CHECKING:
     from .wire import Wire
 
 
-@dataclasses.dataclass(slots=True)
-class SlotBuffers:
+@dataclasses.dataclass
+class SlotBuffers(ResultTensors):
     """Results of one round; shapes and meaning as in `Dispatched`."""
 
-    x: Tensor
-    scales: Tensor | None
-    expert_num_tokens: Tensor
-    src_num_tokens: Tensor
-    topk_ids: Tensor | None
-    topk_weights: Tensor | None
-    src_info: Tensor | None
-    layout_range: Tensor | None
     # What dispatch receive of the engine takes after the round, up to the statistics: the addresses stay, and are
     # read once.
     arguments: tuple[int, ...] = ()
