@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # The only global state of the package: an operator's arguments cannot be objects. Weak, so that it keeps nothing alive.
 _live: weakref.WeakValueDictionary[int, AllToAll] = weakref.WeakValueDictionary()
+
+COUNT_BITS = 24  # of an object's number: the objects that a process makes; above them, of its config
 
 _library: Any = torch.library.Library("moebius", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -81,7 +84,13 @@ class Traced:
     """The calls of one `AllToAll` as operators."""
 
     def __init__(self, owner: AllToAll, number: int) -> None:
-        """Register the object under its number."""
+        """Register the object under a number of its own, made of `number`.
+
+        What compilers keep on disk is found again by the calls alone, in which only the number stands for the shape of
+        the results: so it has to differ between configs.
+        """
+        shape = f"{owner.config!r} {owner.num_ranks} {owner.device}"
+        number |= zlib.crc32(shape.encode()) << COUNT_BITS
         self.number = number
         self.state = torch.zeros(1, dtype=torch.int64, device="cpu")
         is_token_major = owner.config.layout == "token_major"
