@@ -84,13 +84,12 @@ class Built:
 
     def with_changed(self, file: str, text: str, kernels: Sequence[str] = ()) -> Path:
         """The program with one file of csrc replaced by `text` in the kernels that include it, or in those named."""
-        objects = dict(self.objects)
-        for kernel in kernels or KERNELS:
-            unit = f"cuda/{kernel}.cu"
-            if file == unit or file in includes_of(unit, self.texts):
-                objects[unit] = self._compile(unit, {file: text})
-        assert objects != self.objects, f"{file} is no part of {kernels}"
-        return self._link(objects)
+        named = [f"cuda/{kernel}.cu" for kernel in kernels or KERNELS]
+        planted = [unit for unit in named if file == unit or file in includes_of(unit, self.texts)]
+        assert planted, f"{file} is no part of {kernels}"
+        changed = {unit: self._compile(unit, {file: text}) for unit in planted}
+        # First: of an inline function that several objects have, the linker takes the first.
+        return self._link(changed | {unit: path for unit, path in self.objects.items() if unit not in changed})
 
     def _compile(self, unit: str, changed: Mapping[str, str]) -> Path:
         texts = {**self.texts, **changed}

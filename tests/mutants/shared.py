@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         "mover-wrong-window", MOVER,
         "      next += kWarpsPerBlock * num_blocks();\n      warp_bulk_load",
-        "      next += kWarpsPerBlock;\n      warp_bulk_load",
-        "windows are moved by two blocks", "windows", ("combine_send",),
+        "      next += (kWarpsPerBlock + 1) * num_blocks();\n      warp_bulk_load",
+        "windows are left out", "windows", ("dispatch_recv",),
     ),
     Mutant(
         "poll-relaxed", RANK,
@@ -44,7 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         "poll-to-the-end-in-each-block", RANK,
-        "    if (is_given_up(self, epoch)) return false;\n    // For those", "    // For those",
+        "return load_relaxed_sys(&failure.claimed) == epoch + 1;",
+        "return load_relaxed_sys(&failure.claimed) == ~uint64_t{0};",
         "blocks that run one after the other wait for a deadline each", "stopped", num_seeds=150,
     ),
     Mutant(
@@ -79,9 +80,10 @@ MUTANTS = [
         "a handle whose slot was taken is used", "stale", ("dispatch_recv", "combine_send", "combine_recv"),
     ),
     Mutant(
-        "stale-unbegun", RANK,
-        "begun.epoch >= next || ", "",
-        "a handle of no round is used", "stale", ("dispatch_recv", "combine_send", "combine_recv"),
+        "stale-too-early", RANK,
+        "next - begun.epoch > depth", "next - begun.epoch >= depth",
+        "a round cannot be received once D - 1 others have begun", "interleaved",
+        ("dispatch_recv", "combine_send", "combine_recv"),
     ),
     Mutant(
         "abort-not-sent", RANK,
