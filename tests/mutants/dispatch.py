@@ -175,7 +175,8 @@ MUTANTS = [
     ),
     Mutant(
         "dr-expert-twice", RECV,
-        "      if (k < lane() && other == id) is_first = false;", "      if (k < lane() && other == id) is_first = is_first;",
+        "      if (k < lane() && other == id) is_first = false;",
+        "      if (k < lane() && other == id) is_first = is_first;",
         "a token that names an expert twice counts twice", "token-major",
     ),
     Mutant(

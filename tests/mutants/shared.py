@@ -43,10 +43,11 @@ MUTANTS = [
         "the signal of an earlier round is taken for this one's", "plain", ("dispatch_recv",),
     ),
     Mutant(
-        "poll-to-the-end-in-each-block", RANK,
-        "return load_relaxed_sys(&failure.claimed) == epoch + 1;",
-        "return load_relaxed_sys(&failure.claimed) == ~uint64_t{0};",
-        "blocks that run one after the other wait for a deadline each", "stopped", num_seeds=150,
+        "awaiting-of-block-0", RANK,
+        "    store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));\n",
+        "    if (block_index() == 0) {\n"
+        "      store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));\n    }\n",
+        "a rank whose block 0 has not begun is blamed for what it waits for", "stopped", num_seeds=150,
     ),
     Mutant(
         "slot-of-another-round", LAYOUT,
@@ -97,7 +98,8 @@ MUTANTS = [
     ),
     Mutant(
         "abort-taken-for-a-count", RANK,
-        "if (is_expected && !is_abort && value <= limit) return value;", "if (is_expected && value <= limit) return value;",
+        "if (is_expected && !is_abort && value <= limit) return value;",
+        "if (is_expected && value <= limit) return value;",
         "a lost round goes on", "stopped",
     ),
     Mutant(

@@ -49,7 +49,8 @@ class Verdict:
 
 def changed(mutant: Mutant, text: str) -> str:
     """The file with the mistake in it."""
-    assert text.count(mutant.text) == 1, f"{mutant.name}: the text stands in {mutant.file} {text.count(mutant.text)} times"
+    num_found = text.count(mutant.text)
+    assert num_found == 1, f"{mutant.name}: the text stands in {mutant.file} {num_found} times"
     return text.replace(mutant.text, mutant.replacement)
 
 
