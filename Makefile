@@ -23,7 +23,7 @@ FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -na
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev ext typing lint types format check model sass sanitize vllm test-vllm vllm-sources vllm-versions clean
+.PHONY: help demo test dev ext typing lint types format check model sass sanitize mutants vllm test-vllm vllm-sources vllm-versions clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ model: dev  ## check the protocol's model exhaustively (needs Debian's spin)
 
 sass: dev  ## the kernels' machine code for every architecture, against what is meant (needs nvcc)
 	$(BIN)/python -m pytest tests/sass $(ARGS)
+
+mutants: dev  ## mistakes planted in the kernels, one at a time: the tests have to see each; names in ARGS="..."
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 sanitize: dev  ## the C++ core under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/sanitize $(ARGS)

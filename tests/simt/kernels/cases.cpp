@@ -74,7 +74,7 @@ const std::vector<Case>& all_cases() {
     {"fp8-scaled", O::kInterleaved, 2, 6, 3, 6, 2, P::kScaled, kBf16, kFp16, kPlainScale, 256, kDispatch, kExpertMajor, 5},
     {"opaque", O::kInterleaved, 4, 4, 1, 5, 2, P::kOpaque, kBf16, kFp32, kPlainScale, 128, kDispatch, kExpertMajor, 5},
     {"one-rank", O::kInterleaved, 1, 4, 8, 12, 2, P::kRows, kBf16, kBf16, kPlainScale, 128, kDispatch, kExpertMajor, 6},
-    {"four-ranks", O::kInterleaved, 4, 16, 8, 6, 2, P::kRows, kBf16, kBf16, kPlainScale, 128, kDispatch, kExpertMajor, 4},
+    {"four-ranks", O::kInterleaved, 4, 16, 8, 6, 2, P::kRows, kFp32, kFp32, kPlainScale, 128, kDispatch, kExpertMajor, 4},
     {"windows", O::kPlain, 2, 4, 3, 5, 2, P::kRows, kFp32, kFp32, kPlainScale, 1088, kDispatch, kExpertMajor, 4},
     {"windows-rows", O::kInterleaved, 2, 4, 3, 4, 2, P::kRows, kBf16, kFp32, kPlainScale, 576, kCombine, kExpertMajor, 4},
     {"windows-token", O::kPlain, 2, 4, 2, 5, 2, P::kRows, kFp32, kFp32, kPlainScale, 576, kDispatch, kTokenMajor, 4},

@@ -16,8 +16,11 @@ namespace {
 
 bool run_case(const char* program, const Case& c, uint64_t first, uint64_t num_seeds) {
   const auto start = std::chrono::steady_clock::now();
+  uint64_t num_steps = 0;  // of the last seed
   for (uint64_t seed = first; seed < first + num_seeds; ++seed) {
-    const std::string wrong = Run(c, seed).go();
+    Run run(c, seed);
+    const std::string wrong = run.go();
+    num_steps = run.num_steps();
     if (wrong.empty()) continue;
     printf("%s: WRONG at seed %llu, after %llu good ones: %s\nrepeat: %s %s %llu 1\n",
            c.name.c_str(),
@@ -31,10 +34,11 @@ bool run_case(const char* program, const Case& c, uint64_t first, uint64_t num_s
   }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  printf("%-16s %5llu seeds, %6.1f ms each, ok\n",
+  printf("%-16s %5llu seeds, %6.1f ms each, steps %llu, ok\n",
          c.name.c_str(),
          static_cast<unsigned long long>(num_seeds),
-         1e3 * seconds / static_cast<double>(num_seeds));
+         1e3 * seconds / static_cast<double>(num_seeds),
+         static_cast<unsigned long long>(num_steps));
   fflush(stdout);
   return true;
 }

@@ -15,6 +15,7 @@ class Planner {
     plan_.is_combined.assign(n, true);
     plan_.is_replayed.assign(n, false);
     plan_.is_before.assign(n, true);
+    plan_.is_without.assign(n, false);
     plan_.is_after.assign(n, true);
     for (size_t r = 0; r < n; ++r) {
       if (c.order == Order::kDispatchOnly) plan_.is_combined[r] = random_.one_in(2);
@@ -95,6 +96,7 @@ class Planner {
     for (int r = 0; r < case_.num_rounds; ++r) {
       const auto i = static_cast<size_t>(r);
       plan_.is_before[i] = find(Step::kCombineRecv, r) < plan_.stop;
+      plan_.is_without[i] = find(Step::kDispatchSend, r) >= plan_.stop;
       plan_.is_after[i] = find(Step::kDispatchSend, r) > settled;
     }
   }

@@ -30,9 +30,9 @@ struct Plan {
   // Of the rank that stops, and where; -1: none.
   int stopped_rank = -1;
   size_t stop = 0;
-  // [rounds] whether the stop cannot touch it, and whether it begins when the survivors have all
-  // given the rank up. Else it is lost, or not, as it happens.
-  std::vector<bool> is_before, is_after;
+  // [rounds] whether the stop cannot touch it; whether it begins after the stop, and whether even
+  // after the survivors have all given the rank up. Between, it is lost or right, as it happens.
+  std::vector<bool> is_before, is_without, is_after;
 };
 
 Plan make_plan(const Case& c, uint64_t seed);

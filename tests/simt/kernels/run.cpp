@@ -97,8 +97,7 @@ void Run::expect() {
   for (int round = 0; round < case_.num_rounds; ++round) {
     const auto i = static_cast<size_t>(round);
     expected_.emplace_back();
-    if (!plan_.is_before[i] && !plan_.is_after[i]) continue;
-    if (!plan_.is_before[i] && !has_given_up) {
+    if (plan_.is_without[i] && !has_given_up) {
       reference.give_up(plan_.stopped_rank);
       has_given_up = true;
     }
@@ -170,6 +169,7 @@ std::string Run::go() {
   } catch (const simt::Error& e) {
     return e.what();
   }
+  num_steps_ = simt::World::process().counters().num_switches;
   for (int r = 0; r < case_.num_ranks && wrong_.empty(); ++r) {
     check_faults(r);
     for (int round = 0; round < case_.num_rounds; ++round) check_round(round, r);

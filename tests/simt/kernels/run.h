@@ -20,6 +20,8 @@ class Run {
 
   // Empty if all is as it should be; else what is not.
   std::string go();
+  // Of the scheduler; a seed always takes the same.
+  uint64_t num_steps() const { return num_steps_; }
 
  private:
   void make_heaps();
@@ -30,6 +32,7 @@ class Run {
   void launch_stale(int round, int rank);
 
   void check_round(int round, int rank);
+  void check_field(Field field, int round, int rank);
   void check_lost_round(const cuda::FaultRecord& fault, int rank);
   void check_faults(int rank);
   void check_fault(const cuda::FaultRecord& fault, int rank);
@@ -63,6 +66,7 @@ class Run {
   std::vector<int64_t> remote_bytes_;
   int num_stale_halves_ = 0;  // bits: dispatch receive, combine send, combine receive
   std::string wrong_;
+  uint64_t num_steps_ = 0;
 };
 
 }  // namespace moebius::kernels_test

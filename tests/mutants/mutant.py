@@ -1,0 +1,30 @@
+"""What a planted mistake is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One place of csrc/cuda changed, in a copy that only the test's own program is built from.
+
+    Attributes:
+        name: of the mutant.
+        file: below csrc.
+        text: stands in the file exactly once.
+        replacement: what stands there instead.
+        breaks: what goes wrong.
+        case: of tests/simt/kernels, in which it shows.
+        kernels: it is planted in; all that include the file, if empty.
+        num_seeds: it has to be caught within.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    breaks: str
+    case: str
+    kernels: tuple[str, ...] = ()
+    num_seeds: int = 60

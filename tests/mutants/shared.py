@@ -1,0 +1,137 @@
+"""Mistakes planted in what the kernels share."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+RANK = "cuda/rank.cuh"
+MOVER = "cuda/mover.cuh"
+LAYOUT = "layout.h"
+DISPATCH = ("dispatch_send", "dispatch_recv")
+RECEIVE = ("dispatch_recv", "combine_recv")
+
+MUTANTS = [
+    Mutant(
+        "mover-wrong-parity", MOVER,
+        "served / kMoverStages % 2", "served % 2",
+        "a stage is taken for filled", "chunks", ("dispatch_recv",),
+    ),
+    Mutant(
+        "mover-no-load-wait", MOVER,
+        "      barrier_wait(shared.filled + served % kMoverStages, served / kMoverStages % 2);\n", "",
+        "a stage is stored from before it is filled", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "mover-stage-reused-early", MOVER,
+        "      bulk_wait_read<0>();  // the stage", "      bulk_wait_read<1>();  // the stage",
+        "a stage is filled again while it is read", "windows", ("dispatch_recv",),
+    ),
+    Mutant(
+        "mover-wrong-window", MOVER,
+        "      next += kWarpsPerBlock * num_blocks();\n      warp_bulk_load",
+        "      next += (kWarpsPerBlock + 1) * num_blocks();\n      warp_bulk_load",
+        "windows are left out", "windows", ("dispatch_recv",),
+    ),
+    Mutant(
+        "poll-relaxed", RANK,
+        "  for (;;) {\n    *word = load_acquire_sys(awaited);", "  for (;;) {\n    *word = load_relaxed_sys(awaited);",
+        "what was signalled is not seen", "plain", RECEIVE,
+    ),
+    Mutant(
+        "poll-any-epoch", LAYOUT,
+        "(word & kLowMask) != 0 && signal_epoch(word) >= epoch", "(word & kLowMask) != 0 && epoch + 1 != 0",
+        "the signal of an earlier round is taken for this one's", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "awaiting-of-block-0", RANK,
+        "    store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));\n",
+        "    if (block_index() == 0) {\n"
+        "      store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));\n    }\n",
+        "a rank whose block 0 has not begun is blamed for what it waits for", "stopped", num_seeds=150,
+    ),
+    Mutant(
+        "slot-of-another-round", LAYOUT,
+        "epoch & (depth - 1)", "epoch & (depth - 1) & 2",
+        "rounds that are open at once share a slot", "interleaved", num_seeds=60,
+    ),
+    Mutant(
+        "done-before-the-block", RANK,
+        "uint32_t* scratch) {\n  sync_block();", "uint32_t* scratch) {",
+        "a block is counted before its threads are done", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-with-the-first-block", RANK,
+        "static_cast<uint32_t>(num_blocks()) - 1;", "0u;",
+        "the signal is sent by the first block to be done", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-counted-relaxed", RANK,
+        "add_acq_rel_gpu(num_done, 1) ==",
+        "update(num_done, simt::Order::kRelaxed, simt::Scope::kGpu, [](uint32_t v) { return v + 1; }) ==",
+        "the last block does not know what the others wrote", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-not-reset", RANK,
+        "    if (is_last) store(num_done, 0u);\n", "",
+        "no block is the last one in the next round", "plain", ("combine_send",),
+    ),
+    Mutant(
+        "stale-too-late", RANK,
+        "next - begun.epoch > depth", "next - begun.epoch > depth + 1",
+        "a handle whose slot was taken is used", "stale", ("dispatch_recv", "combine_send", "combine_recv"),
+    ),
+    Mutant(
+        "stale-too-early", RANK,
+        "next - begun.epoch > depth", "next - begun.epoch >= depth",
+        "a round cannot be received once D - 1 others have begun", "interleaved",
+        ("dispatch_recv", "combine_send", "combine_recv"),
+    ),
+    Mutant(
+        "abort-not-sent", RANK,
+        "    if (!is_combined) {", "    if (!is_combined && epoch == ~uint64_t{0}) {",
+        "peers wait for a round that is lost", "stopped",
+    ),
+    Mutant(
+        "abort-names-the-sender", RANK,
+        "abort_word(epoch, static_cast<uint64_t>(culprit))", "abort_word(epoch, static_cast<uint64_t>(self.rank))",
+        "the bearer of the news is blamed", "stopped",
+    ),
+    Mutant(
+        "abort-taken-for-a-count", RANK,
+        "if (is_expected && !is_abort && value <= limit) return value;",
+        "if (is_expected && value <= limit) return value;",
+        "a lost round goes on", "stopped",
+    ),
+    Mutant(
+        "culprit-not-followed", RANK,
+        "    if (word == 0) return culprit;", "    if (word != ~uint64_t{0}) return culprit;",
+        "who waits for the stopped rank is blamed", "stopped",
+    ),
+    Mutant(
+        "culprit-not-masked", RANK,
+        "    store(in_heap<uint32_t>(self, self.rank, self.layout.masks) + culprit, 1u);\n", "",
+        "a rank that stopped is waited for in every round", "stopped",
+    ),
+    Mutant(
+        "awaiting-not-said", RANK,
+        "    store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));\n",
+        "    if (whom == ~uint64_t{0}) return false;\n",
+        "who waits for the stopped rank is blamed", "stopped",
+    ),
+    Mutant(
+        "lost-forgotten", RANK,
+        "  begun.is_lost = load(&self.state->lost[begun.slot]) == begun.epoch + 1;",
+        "  begun.is_lost = false;",
+        "the halves of a lost round wait again", "stopped",
+    ),
+    Mutant(
+        "positions-of-first-words", "cuda/positions.cuh",
+        "base += shfl(sum, kWarp - 1);", "base += shfl(sum, 0);",
+        "items behind a chunk's first word are not counted", "chunks-send", DISPATCH,
+    ),
+    Mutant(
+        "scale-of-half-a-group", "cuda/payload.cuh",
+        "mask < kGroupUnits", "mask * 2 < kGroupUnits",
+        "channels of a group have different scales", "fp8",
+    ),
+]  # fmt: skip
