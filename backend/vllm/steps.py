@@ -1,8 +1,8 @@
 """Where a fault on a GPU surfaces: before and after each step of a worker.
 
-A half on a GPU records what goes wrong, and the next call of that exchange raises it. Under CUDA graphs there is no next
-call: a replay runs kernels, none of our Python. So a worker's methods that run a step look at what was recorded before
-they begin, and again once vLLM has waited for the step's tokens: tokens of a lost round are not handed out.
+A half on a GPU records what goes wrong, and the next call of that exchange raises it. Under CUDA graphs there is no
+next call: a replay runs kernels, none of our Python. So a worker's methods that run a step look at what was recorded
+before they begin, and again once vLLM has waited for the step's tokens: tokens of a lost round are not handed out.
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ def test_the_other_format_where_there_are_none(settled: tuple[dict[str, dict[str
 
 
 @pytest.mark.parametrize("case", ["none at all", "fixed by the environment"])
-def test_vllm_s_own_refusal_where_there_are_none(
-    case: str, settled: tuple[dict[str, dict[str, object]], str]
-) -> None:
+def test_vllm_s_own_refusal_where_there_are_none(case: str, settled: tuple[dict[str, dict[str, object]], str]) -> None:
     told = settled[0][case]
     assert str(told["error"]).startswith("NotImplementedError: No Unquantized MoE backend supports")
     assert f"moebius: {case} has no" not in settled[1]
