@@ -33,22 +33,19 @@ def test_the_kernel_computes_the_layer_and_the_host_waits_for_nothing(case: str,
     managers: list[EmulatedManager] = []
     waits: list[list[str]] = []
 
+    def watch(kernel: Any) -> None:
+        waits.append(emulated.watch(kernel.prepare_finalize))
+
     def manager_of(group: Any) -> EmulatedManager:
         managers.append(EmulatedManager(group, meeting))
         return managers[-1]
 
-    test_kernel.check_layer(
-        case, kind, manager_of, lambda kernel: waits.append(emulated.watch(kernel.prepare_finalize))
-    )
+    test_kernel.check_layer(case, kind, manager_of, watch)
     assert [found for found in waits if found] == []
     for manager in managers:
         assert manager.made is not None
         assert manager.made.asked == emulated.HALVES
-        assert manager.made.order == [*emulated_round()] * 4
-
-
-def emulated_round() -> tuple[str, ...]:
-    return ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+        assert manager.made.order == ["dispatch_send", "dispatch_recv", "combine_send", "combine_recv"] * 4
 
 
 def test_what_waits_is_noticed() -> None:
@@ -210,6 +207,8 @@ class Ranks:
 
     def run(self, *, is_replayed: bool) -> None:
         """One layer on every rank, against the unsharded one."""
+        from tests.vllm.experts import expert
+
         config = self.exchanges[0].config
         given = [reference.RankInput(x=x, topk_ids=ids, topk_weights=weights) for x, ids, weights in self.inputs]
         received = reference.dispatch(config, given)
