@@ -1,6 +1,5 @@
 """vLLM's own kernel with our classes over the CUDA engine's kernels, on the host executor: what a GPU is to do."""
 
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ from tests.helpers import simt
 from tests.vllm import emulated, test_kernel
 from tests.vllm.emulated import EmulatedManager, Meeting
 from tests.vllm.marks import needs_vllm
+from tests.vllm.micro_batches import Contexts
 from tests.vllm.test_kernel import CASES, E, H, K, M, R, make_kernel, random_weights, routing
 
 pytestmark = [needs_vllm, pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))]
@@ -60,35 +60,15 @@ def test_what_waits_is_noticed() -> None:
     assert {"aten.index", "item"} <= set(found)
 
 
-class Contexts:
-    """vLLM's table of the micro-batches' contexts. One for each rank: to vLLM a rank is a process."""
-
-    def __init__(self) -> None:
-        self.here = threading.local()
-        self._of: dict[tuple[int, int], Any] = {}
-
-    def __getitem__(self, number: int) -> Any:
-        return self._of[self.here.rank, number]
-
-    def __setitem__(self, number: int, context: Any) -> None:
-        self._of[self.here.rank, number] = context
-
-    def __len__(self) -> int:
-        return 2
-
-
 @pytest.mark.parametrize("case", ["batched", "standard-mapped", "batched-fp8"])
 def test_dual_batch_overlap_by_vllm_s_own_threads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches through some layers, switched by vLLM's own contexts where its kernel says."""
-    from vllm import forward_context
     from vllm.v1.worker import ubatching
 
     stream = object()
-    contexts = Contexts()
-    monkeypatch.setattr(ubatching, "_CURRENT_CONTEXTS", contexts)
+    contexts = Contexts(monkeypatch)
     monkeypatch.setattr(ubatching, "current_stream", lambda: stream)
     monkeypatch.setattr(ubatching, "torch", SimpleNamespace(Event=object))
-    monkeypatch.setattr(forward_context, "_forward_context", None)
     w1, w2 = random_weights(5)
     dtype, tolerance = CASES[case][2:]
     meeting = Meeting(R)
@@ -99,16 +79,11 @@ def test_dual_batch_overlap_by_vllm_s_own_threads(case: str, monkeypatch: pytest
         assert manager.made is not None
         waits = emulated.watch(kernel.prepare_finalize)
         order = manager.made.order
-        errors: list[BaseException] = []
+        results: list[Any] = []
 
-        def micro_batch(number: int, context: Any) -> None:
-            contexts.here.rank = rank
-            try:
-                with context:
-                    for layer in range(LAYERS):
-                        check(number, layer)
-            except BaseException as error:  # noqa: BLE001  # raised below
-                errors.append(error)
+        def micro_batch(number: int) -> None:
+            for layer in range(LAYERS):
+                check(number, layer)
 
         def check(number: int, layer: int) -> None:
             ids, weights = routing(rank + 2 * layer, 4 + number, K, "random")
@@ -121,19 +96,7 @@ def test_dual_batch_overlap_by_vllm_s_own_threads(case: str, monkeypatch: pytest
             # On a GPU all of this is enqueued only; here the combine is received after y was handed out.
             results.append((number, layer, x, ids, weights, y))
 
-        results: list[Any] = []
-        ready = threading.Barrier(3)
-        made = ubatching.make_ubatch_contexts(2, stream, stream, [None, None], ready)
-        threads = [threading.Thread(target=micro_batch, args=pair, daemon=True) for pair in enumerate(made)]
-        for thread in threads:
-            thread.start()
-        ready.wait(emulated.LIMIT_S)
-        made[0].cpu_wait_event.set()
-        for thread in threads:
-            while thread.is_alive() and not errors:
-                thread.join(0.05)
-        if errors:
-            raise errors[0]
+        contexts.in_turn(rank, micro_batch, stream)
         for number, layer, x, ids, weights, y in results:
             arriving = test_kernel.through_e4m3(x, is_packed=False) if "fp8" in case else x
             wanted = test_kernel.reference(arriving, ids, weights, w1, w2)
