@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.vllm.experts import QuantisedBatchedExperts, dequantised
 
-_libraries: list[torch.library.Library] = []
+_libraries: list[Any] = []
 
 
 def _has(name: str) -> bool:
@@ -27,7 +27,7 @@ def provide_operators() -> list[str]:
     """Register the operators that are missing, in torch; returns their names."""
     import vllm._custom_ops  # noqa: F401  # loads the compiled ones, where they are
 
-    library = torch.library.Library("_C", "FRAGMENT")
+    library: Any = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
     made = []
     if not _has("silu_and_mul"):
         library.define("silu_and_mul(Tensor! out, Tensor x) -> ()")

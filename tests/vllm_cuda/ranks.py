@@ -221,6 +221,10 @@ class Ranks:
                 results.append(call(number, rank))
         return results
 
+    def layers(self, given: Sequence[Inputs]) -> list[Tensor]:
+        """Every rank's layer."""
+        return self.on_streams(lambda number, rank: rank.layer(given[number]))
+
     def settle(self) -> None:
         """Wait for everything; raises what a half recorded."""
         torch.cuda.synchronize()

@@ -5,6 +5,7 @@ python -m pytest tests/vllm_cuda    # needs a GPU, our extension for it, torch, 
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.vllm.micro_batches import Contexts
-from tests.vllm_cuda.ranks import Inputs, M, R, Rank, Ranks
+from tests.vllm.test_kernel import M, R
+from tests.vllm_cuda.ranks import Inputs, Rank, Ranks
 
 pytestmark = pytest.mark.gpu
 REPLAYS = 200
@@ -37,7 +39,7 @@ def test_the_kernel_computes_the_layer(form: str) -> None:
             given = [Inputs.of(10 * number + rank, max(0, num_tokens - rank)) for rank in range(R)]
             on_device = [inputs.to(ranks.device) for inputs in given]
             torch.cuda.synchronize()
-            got = ranks.on_streams(lambda n, rank, of=on_device: rank.layer(of[n]))
+            got = ranks.layers(on_device)
             ranks.settle()
             ranks.compare(got, given, is_fp8="fp8" in form, what=f"{num_tokens} tokens")
 
@@ -63,6 +65,10 @@ class Captured:
         return [output.clone() for output in self.outputs]
 
 
+def replayed(graphs: list[Captured], given: list[Inputs], number: int, _rank: Rank) -> list[Tensor]:
+    return graphs[number].replay(given[number])
+
+
 @FORMS
 def test_replays_between_eager_calls(form: str) -> None:
     with Ranks(experts(form)) as ranks:
@@ -77,9 +83,10 @@ def test_replays_between_eager_calls(form: str) -> None:
             at = order.randrange(len(batches))
             is_eager = order.random() < 0.3
             if is_eager:
-                got = [[y] for y in ranks.on_streams(lambda n, rank, at=at: rank.layer(on_device[at][n]))]
+                got = [[y] for y in ranks.layers(on_device[at])]
             else:
-                got = ranks.on_streams(lambda n, _, at=at: graphs[n].replay(on_device[at][n]))
+                replay = functools.partial(replayed, graphs, on_device[at])
+                got = ranks.on_streams(replay)
             if number % 10 < 2:  # the rest run ahead, unwaited for
                 ranks.settle()
                 for layer in range(len(got[0])):
