@@ -20,6 +20,7 @@ KINDS = (".py", ".json")
 MOST_JSON_BYTES = 100_000
 # What vLLM's modules import on the way to its kernel, beside what comes with torch, transformers and pytest.
 NEEDS = (
+    "annotated-doc",
     "annotated-types",
     "apache-tvm-ffi",
     "cachetools",
@@ -27,6 +28,8 @@ NEEDS = (
     "cloudpickle",
     "distro",
     "fastapi",
+    "httpcore2",
+    "httpx2",
     "jiter",
     "llguidance",
     "mistral-common",
@@ -41,10 +44,10 @@ NEEDS = (
     "pyzmq",
     "sniffio",
     "starlette",
+    "truststore",
     "typing-inspection",
     "xgrammar",
 )
-PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux_2_24", "manylinux1")
 
 
 def make_wheel(folder: Path) -> Path:
@@ -76,9 +79,19 @@ def download(folder: Path, python: str) -> None:
     wanted = [f"{name}=={version}" for name in NEEDS if (version := _version(name))]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     command += ["--implementation", "cp", "--python-version", python]
-    for platform in PLATFORMS:
-        command += ["--platform", f"{platform}_x86_64"]
+    for platform in sorted(_platforms(wanted)):
+        command += ["--platform", platform]
     subprocess.run([*command, *wanted], check=True, timeout=600)
+
+
+def _platforms(wanted: list[str]) -> set[str]:
+    """Those that the wheels installed here were made for: pip matches each by its name."""
+    found = {"manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"}
+    for each in wanted:
+        about = importlib.metadata.distribution(each.partition("=")[0]).read_text("WHEEL") or ""
+        tags = [line.rpartition("-")[2] for line in about.splitlines() if line.startswith("Tag:")]
+        found.update(tag for tag in tags if tag.startswith("manylinux"))
+    return found
 
 
 def main() -> None:
