@@ -18,7 +18,8 @@ from tests.vllm.versions import installed
 
 KINDS = (".py", ".json")
 MOST_JSON_BYTES = 100_000
-# What vLLM's modules import on the way to its kernel, beside what comes with torch, transformers and pytest.
+# What vLLM's modules import on the way to its kernel, beside what comes with torch, transformers and pytest, found by
+# hiding packages from them.
 NEEDS = (
     "annotated-doc",
     "annotated-types",
@@ -27,6 +28,7 @@ NEEDS = (
     "cbor2",
     "cloudpickle",
     "distro",
+    "einops",
     "fastapi",
     "httpcore2",
     "httpx2",
@@ -37,15 +39,21 @@ NEEDS = (
     "openai",
     "oss-harmony",
     "partial-json-parser",
+    "prometheus-client",
+    "psutil",
+    "py-cpuinfo",
     "pybase64",
     "pydantic",
     "pydantic-core",
     "pydantic-extra-types",
     "pyzmq",
+    "regex",
+    "sentencepiece",
     "sniffio",
     "starlette",
     "truststore",
     "typing-inspection",
+    "uvloop",
     "xgrammar",
 )
 
@@ -74,9 +82,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def download(folder: Path, python: str) -> None:
+def download(folder: Path, python: str, also: list[str]) -> None:
     """Wheels of what it imports, in the versions that are installed here."""
-    wanted = [f"{name}=={version}" for name in NEEDS if (version := _version(name))]
+    wanted = [f"{name}=={version}" for name in (*NEEDS, *also) if (version := _version(name))]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     command += ["--implementation", "cp", "--python-version", python]
     for platform in sorted(_platforms(wanted)):
@@ -98,10 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version of the interpreter there")
+    parser.add_argument("--also", nargs="*", default=[], help="more packages, such as transformers tokenizers")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     print(make_wheel(asked.folder))
-    download(asked.folder, asked.python)
+    download(asked.folder, asked.python, asked.also)
     total = sum(path.stat().st_size for path in asked.folder.glob("*.whl"))
     print(f"{total / 2**20:.0f} MiB")
 
