@@ -39,7 +39,7 @@ def core() -> Pybind11Extension:
     """
     return Pybind11Extension(
         f"{PACKAGE}._core",
-        [*files("csrc/cpu/**/*.cpp"), "csrc/bindings/core.cpp"],
+        [*files("csrc/cpu/**/*.cpp"), "csrc/bindings/core.cpp", "csrc/bindings/network.cpp"],
         include_dirs=["csrc"],
         depends=HEADERS,
         cxx_std=17,
@@ -100,7 +100,8 @@ def compile_with_nvcc(compiler: Any) -> None:
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"nvcc failed on {src} ({error})") from error  # SystemExit would hang the pool of threads
+            # SystemExit would hang the pool of threads.
+            raise CompileError(f"nvcc failed on {src} ({error})") from error
 
     compiler._compile = _compile
 

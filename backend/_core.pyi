@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import Buffer
+
 class Shape:
     def __init__(
         self,
@@ -16,6 +18,7 @@ class Shape:
         scale_bytes: int,
         reply_bytes: int,
         has_weights: bool,
+        has_outbox: bool = False,
     ) -> None: ...
 
 class HeapLayout:
@@ -44,6 +47,40 @@ class Segment:
     def fd(self) -> int: ...
     def close_fd(self) -> None: ...
 
+class Network:
+    # To be implemented in Python: called with the GIL, from the thread that runs a half, and must not raise.
+    # `data` is the address of `num_bytes` bytes that stay as they are until the next `quiet`.
+    def __init__(self) -> None: ...
+    def put_signal(self, dst: int, offset: int, data: int, num_bytes: int, signal: int, word: int) -> None: ...
+    def put(self, dst: int, offset: int, data: int, num_bytes: int) -> None: ...
+    def quiet(self, timeout_ns: int) -> int: ...
+    def give_up(self, dst: int, is_given_up: bool) -> None: ...
+
+NO_SIGNAL: int
+
+def deliver(
+    layout: HeapLayout, heap: Segment, src: int, offset: int, data: Buffer, signal: int, word: int, /
+) -> bool: ...
+
+class EmulatedNetwork:
+    def __init__(
+        self,
+        *,
+        layout: HeapLayout,
+        heaps: Sequence[Segment],
+        seed: int,
+        latency_ns: int,
+        max_delay_ns: int,
+        max_piece_bytes: int,
+        bytes_per_ns: float,
+    ) -> None: ...
+    def way_out(self, rank: int, /) -> Network: ...
+    def cut(self, a: int, b: int, after_ns: int, is_stalled: bool, /) -> None: ...
+    def traffic(self, rank: int, /) -> tuple[int, int, int]: ...
+    @property
+    def num_refused(self) -> int: ...
+    def wait_idle(self, timeout_ns: int, /) -> bool: ...
+
 class Engine:
     def __init__(
         self,
@@ -56,9 +93,11 @@ class Engine:
         timeout_ns: int,
         num_cores: int,
         rank: int,
-        heaps: Sequence[Segment],
+        heaps: Sequence[Segment | None],
         pids: Sequence[int],
         simd: str,
+        network: Network | None = None,
+        chunk_bytes: int = 0,
     ) -> None: ...
     def dispatch_send(
         self,

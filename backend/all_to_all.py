@@ -131,7 +131,7 @@ class AllToAll:
         self._open().check()
 
     def synchronize(self) -> None:
-        """Wait for the device's work, then `check`."""
+        """Wait for the work of the current stream, then `check`."""
         self._open().synchronize()
 
     def mask_rank(self, rank: int, *, dead: bool = True) -> None:
@@ -187,17 +187,10 @@ class AllToAll:
 
         Source: DESIGN.md, "The life of a round".
         """
-        return self.dispatch_send(
-            x,
-            topk_ids,
-            topk_weights,
-            scales=scales,
-            num_valid_tokens=num_valid_tokens,
-            out=out,
-            out_scales=out_scales,
-            expert_stats=expert_stats,
-            wait_stats=wait_stats,
-        ).receive()
+        options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
+        if torch.compiler.is_compiling():
+            return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
+        return self._receive_dispatch(*self._send_dispatch(x, topk_ids, topk_weights, *options))
 
     def dispatch_send(
         self,
@@ -217,9 +210,25 @@ class AllToAll:
         Returns:
             What to call `receive()` on, when the tokens are needed.
         """
+        options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
         if torch.compiler.is_compiling():
-            options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
             return self.traced.dispatch_send(x, topk_ids, topk_weights, options)  # type: ignore[return-value]
+        sent = self._send_dispatch(x, topk_ids, topk_weights, *options)
+        return PendingDispatch(sent[0], functools.partial(self._receive_dispatch, *sent))
+
+    def _send_dispatch(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        scales: Tensor | None,
+        num_valid_tokens: Tensor | None,
+        out: Tensor | None,
+        out_scales: Tensor | None,
+        expert_stats: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> tuple[Round, tuple[int, bool, int], tuple[Tensor | None, ...]]:
+        """Check and send; what the receive half needs."""
         engine = self._open()
         check = self._arguments
         sent, num_tokens, _kept = check.dispatch(x, topk_ids, topk_weights, scales, num_valid_tokens)
@@ -229,9 +238,7 @@ class AllToAll:
         if expert_stats is not None or wait_stats is not None:
             counters = check.expert_stats(expert_stats) if expert_stats is not None else (0, False)
             stats = (*counters, check.wait_stats(wait_stats) if wait_stats is not None else 0)
-        begun = engine.send_dispatch(sent, num_tokens)
-        kept = (out, out_scales, expert_stats, wait_stats)
-        return PendingDispatch(begun, functools.partial(self._receive_dispatch, begun, stats, kept))
+        return engine.send_dispatch(sent, num_tokens), stats, (out, out_scales, expert_stats, wait_stats)
 
     def _receive_dispatch(
         self, begun: Round, stats: tuple[int, bool, int], kept: tuple[Tensor | None, ...]
@@ -273,7 +280,9 @@ class AllToAll:
             StateError: `recv` is stale, already combined, or of another object; or the object is closed.
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
         """
-        return self.combine_send(expert_out, recv, topk_weights, out=out, wait_stats=wait_stats).receive()
+        if torch.compiler.is_compiling():
+            return self.traced.combine_send(expert_out, recv, topk_weights, (out, wait_stats)).receive()
+        return self._receive_combine(*self._send_combine(expert_out, recv, topk_weights, out, wait_stats))
 
     def combine_send(
         self,
@@ -292,15 +301,17 @@ class AllToAll:
         if torch.compiler.is_compiling():
             options = (out, wait_stats)
             return self.traced.combine_send(expert_out, recv, topk_weights, options)  # type: ignore[return-value]
+        sent = self._send_combine(expert_out, recv, topk_weights, out, wait_stats)
+        return PendingCombine(sent[0], functools.partial(self._receive_combine, *sent))
+
+    def _send_combine(
+        self, expert_out: Tensor, recv: Dispatched, topk_weights: Any, out: Any, wait_stats: Any
+    ) -> tuple[Round, Tensor | None, Tensor | None, Tensor | None, int]:
+        """Check and send; what the receive half needs."""
         engine = self._open()
         if not isinstance(recv, Dispatched):
             raise StateError(f"`recv` must be what dispatch returned (got {type(recv).__name__})")
         begun = recv._round
-        return self._send_combine(engine, begun, expert_out, topk_weights, out, wait_stats)
-
-    def _send_combine(
-        self, engine: engines.Engine, begun: Round, expert_out: Tensor, topk_weights: Any, out: Any, wait_stats: Any
-    ) -> PendingCombine:
         begun.expect(Stage.RECEIVED, "combine")
         if not engine.is_own(begun):
             raise StateError("combine: `recv` is the result of another AllToAll")
@@ -312,8 +323,7 @@ class AllToAll:
         wait_ptr = check.wait_stats(wait_stats) if wait_stats is not None else 0
         engine.send_combine(begun, sent)
         begun.stage = Stage.REPLIED
-        receive = functools.partial(self._receive_combine, begun, weights, out, wait_stats, wait_ptr)
-        return PendingCombine(begun, receive)
+        return begun, weights, out, wait_stats, wait_ptr
 
     def _receive_combine(
         self, begun: Round, weights: Tensor | None, out: Tensor | None, _wait_stats: Tensor | None, wait_ptr: int

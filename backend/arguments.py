@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,6 +60,14 @@ class Arguments:
         self._num_rows = num_ranks * config.max_num_tokens
         self._has_weights = config.weights_at == "dispatch"
         self._can_quantise = config.payload == "fp8_e4m3"
+        self._most_tokens = config.max_num_tokens
+        self._is_opaque = config.payload == "opaque"
+        self._payload_bytes, self._payload_len = wire.payload_bytes, wire.payload_len
+        self._num_topk = config.num_topk
+        self._output_dtypes = (wire.output_dtype,)
+        self._expert_out_shape: tuple[int, ...] = (self._num_local, self._num_rows, wire.hidden)
+        if config.layout == "token_major":
+            self._expert_out_shape = self._expert_out_shape[1:]
         self._x_dtypes: tuple[torch.dtype, ...] = (wire.dtype,)
         if self._can_quantise:
             self._x_dtypes = (*DTYPE_CODE, torch.float8_e4m3fn)
@@ -81,7 +88,7 @@ class Arguments:
         x_ptr = x.data_ptr()
         if (x_ptr | x_stride) & (self._alignment - 1):
             raise misaligned("x", self._alignment, x)
-        shape = (num_tokens, self._config.num_topk)
+        shape = (num_tokens, self._num_topk)
         ids = check_matrix("topk_ids", topk_ids, shape, INDEX_DTYPES, self._index)
         kept = [x, ids]
         weights_ptr = 0
@@ -111,18 +118,20 @@ class Arguments:
 
     def _check_x(self, x: Any) -> tuple[int, int]:
         """Check x; returns T and the bytes from row to row."""
-        # What is no tensor, or no matrix with strides, lacks one of these.
-        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+        # What is no tensor, or no matrix with strides, lacks one of these. `contextlib.suppress` costs more.
+        try:
             num_tokens, length = x.shape
-            if is_at(x, self._index) and num_tokens <= self._config.max_num_tokens:
-                is_opaque = self._config.payload == "opaque"
-                size = x.dtype.itemsize
-                fits = length * size == self._wire.payload_bytes if is_opaque else length == self._wire.payload_len
+            if is_at(x, self._index) and num_tokens <= self._most_tokens:
+                dtype = x.dtype
+                size = dtype.itemsize
+                fits = length * size == self._payload_bytes if self._is_opaque else length == self._payload_len
                 row, step = x.stride()
-                fits = fits and (is_opaque or x.dtype in self._x_dtypes) and (step == 1 or x.is_contiguous())
+                fits = fits and (self._is_opaque or dtype in self._x_dtypes) and (step == 1 or x.is_contiguous())
                 if fits and has_memory(x):
                     # Rows of which there is one or none may stand apart in any way.
                     return num_tokens, row * size if num_tokens > 1 else 0
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            pass
         raise self._bad_x(x)
 
     def _bad_x(self, x: Any) -> ShapeError:
@@ -198,12 +207,10 @@ class Arguments:
 
     def expert_out(self, expert_out: Any) -> tuple[int, int, int]:
         """Check the experts' outputs; returns address, bytes from expert to expert and from row to row."""
-        wire = self._wire
-        is_expert_major = self._config.layout == "expert_major"
-        shape = (self._num_local, self._num_rows, wire.hidden) if is_expert_major else (self._num_rows, wire.hidden)
-        strides = check_tensor("expert_out", expert_out, shape, (wire.output_dtype,), rows=True, index=self._index)
-        size = wire.output_dtype.itemsize
-        expert_bytes = strides[0] * size if is_expert_major and shape[0] > 1 else 0
+        shape = self._expert_out_shape
+        strides = check_tensor("expert_out", expert_out, shape, self._output_dtypes, rows=True, index=self._index)
+        size = self._output_dtypes[0].itemsize
+        expert_bytes = strides[0] * size if len(shape) == 3 and shape[0] > 1 else 0
         row_bytes = strides[-2] * size if shape[-2] > 1 else 0
         address: int = expert_out.data_ptr()
         if (address | expert_bytes | row_bytes) & (self._alignment - 1):

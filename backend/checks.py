@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether the elements lie in memory as they are: not those of a tracer, a freed storage, a lazy negation."""
-    if (type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor)) or tensor.is_neg():
+    if tensor.is_neg() or (type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor)):
         return False
     return tensor.data_ptr() != 0 or tensor.numel() == 0
 
@@ -50,7 +49,7 @@ def place_name(index: int) -> str:
 
 def is_at(tensor: Tensor, index: int) -> bool:
     """Whether the tensor lies on the CPU (index -1), or on the CUDA device of that index."""
-    return tensor.is_cpu if index == CPU else tensor.is_cuda and tensor.get_device() == index
+    return tensor.is_cpu if index == CPU else tensor.get_device() == index
 
 
 def misaligned(name: str, alignment: int, tensor: Any) -> ShapeError:
@@ -83,12 +82,14 @@ def check_tensor(
     Raises:
         ShapeError: it is anything else.
     """
-    # What is no tensor, or none with strides, lacks one of these.
-    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+    # What is no tensor, or none with strides, lacks one of these. `contextlib.suppress` costs more than the checks.
+    try:
         if is_at(tensor, index) and tensor.dtype in dtypes and tensor.shape == shape:
             strides: tuple[int, ...] = tensor.stride()
             if ((rows and strides[-1] == 1) or tensor.is_contiguous()) and has_memory(tensor):
                 return strides
+    except (AttributeError, RuntimeError, TypeError):
+        pass
     sizes = ", ".join(str(size) for size in shape)
     contiguity = "contiguous rows" if rows else "contiguous"
     names = " or ".join(str(dtype) for dtype in dtypes)

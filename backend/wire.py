@@ -94,13 +94,18 @@ def shape_fields(config: Config, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def shape_of(config: Config, num_ranks: int) -> _core.Shape:
+def shape_of(config: Config, num_ranks: int, *, has_outbox: bool = False) -> _core.Shape:
     """The shape that the layout is computed from; raises as `shape_fields`.
+
+    Args:
+        config: the shape of the traffic.
+        num_ranks: R.
+        has_outbox: some rank is remote to another, so messages leave from an outbox.
 
     Raises:
         NativeNotBuiltError: the extension is missing.
     """
-    shape: _core.Shape = native.core().Shape(**shape_fields(config, num_ranks))
+    shape: _core.Shape = native.core().Shape(**shape_fields(config, num_ranks), has_outbox=has_outbox)
     return shape
 
 

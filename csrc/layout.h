@@ -5,11 +5,17 @@
 // A heap has the same layout on every rank:
 //   control         the round counter and what a rank says of itself
 //   masks           the ranks that this one has given up
-//   refusals        the ranks that have given this one up; each written by that rank (CUDA engine)
+//   refusals        the ranks that have given this one up; each written by that rank (CUDA engine,
+//                   and remote ranks)
+//   beats           with remote ranks only: R signals, one per 128 bytes, by which each rank says,
+//   while
+//                   it waits long, that it lives and for whom it waits
 //   signals         D x R x {dispatch, combine}, one per 128 bytes
 //   dispatch inbox  D x R x M cells: every source may send all its tokens here
 //   combine inbox   D x rows: the source assigns the rows, so the count is exact
 //   workspace       D x what the halves of a round tell each other; never touched by a peer
+//   outbox          with remote ranks only: what leaves over the network, until it has left; one,
+//                   not one per slot; never touched by a peer
 //
 // Signals. Slot of round e: e % D. A word is `epoch << 24 | low`; low is count + 1, or kAborted |
 // culprit + 1.
@@ -93,11 +99,17 @@ struct Shape {
   int64_t scale_bytes;    // of one token, as they travel
   int64_t reply_bytes;    // of one row that combine sends
   bool has_weights;  // weights travel with dispatch, so combine is reduced on the expert's rank
+  bool has_outbox = false;  // some rank of the group is remote to another
 
   MOEBIUS_HD constexpr int32_t num_local_experts() const { return num_experts / num_ranks; }
   // Rows a token can get back: one per rank where they are reduced there, else one per choice.
   MOEBIUS_HD constexpr int64_t replies_per_token() const {
     return has_weights ? min_of(num_topk, num_ranks) : num_topk;
+  }
+  // Cells, and rows, that the outbox holds: a token goes to each rank once, so the cells always
+  // fit.
+  MOEBIUS_HD constexpr int64_t outbox_rows() const {
+    return has_outbox ? max_num_tokens * min_of(num_topk, num_ranks) : 0;
   }
 };
 
@@ -112,7 +124,8 @@ struct CellHead {
 struct HeapLayout {
   Shape shape;
   int64_t scales_in_cell, head_in_cell, cell_bytes, reply_stride;
-  int64_t control, masks, refusals, signals, dispatch_inbox, combine_inbox, workspace, total;
+  int64_t control, masks, refusals, beats, signals, dispatch_inbox, combine_inbox, workspace,
+      outbox_cells, outbox_replies, total;
   // In the workspace of a slot:
   int64_t num_sent, num_received, num_clean, reply_rows, cell_rows, workspace_bytes;
 
@@ -131,7 +144,8 @@ struct HeapLayout {
     h.masks = align_up(sizeof(Control), kLineBytes);
     h.refusals =
         h.masks + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // uint32 [R], 1: given up
-    h.signals = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
+    h.beats = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
+    h.signals = h.beats + (s.has_outbox ? s.num_ranks * kLineBytes : 0);
     h.dispatch_inbox = h.signals + int64_t{s.depth} * s.num_ranks * 2 * kLineBytes;
     h.combine_inbox = h.dispatch_inbox + s.depth * num_cells * h.cell_bytes;
     h.workspace =
@@ -145,7 +159,9 @@ struct HeapLayout {
     h.cell_rows = h.reply_rows + align_up(4 * s.max_num_tokens * s.replies_per_token(), kLineBytes);
     h.workspace_bytes =
         h.cell_rows + align_up(4 * num_cells * s.num_topk, kLineBytes);  // int32 [R, M, K]
-    h.total = align_up(h.workspace + s.depth * h.workspace_bytes, kPageBytes);
+    h.outbox_cells = h.workspace + s.depth * h.workspace_bytes;
+    h.outbox_replies = h.outbox_cells + s.outbox_rows() * h.cell_bytes;
+    h.total = align_up(h.outbox_replies + s.outbox_rows() * h.reply_stride, kPageBytes);
     return h;
   }
 
@@ -165,6 +181,15 @@ struct HeapLayout {
   MOEBIUS_HD constexpr int64_t reply(int slot, int64_t row) const {
     return combine_inbox +
            (int64_t{slot} * shape.max_num_tokens * shape.replies_per_token() + row) * reply_stride;
+  }
+  MOEBIUS_HD constexpr int64_t beat(int src) const { return beats + src * kLineBytes; }
+  // Where `src` says that it has given this rank up.
+  MOEBIUS_HD constexpr int64_t refusal(int src) const { return refusals + 4 * int64_t{src}; }
+  MOEBIUS_HD constexpr int64_t outbox_cell(int64_t i) const {
+    return outbox_cells + i * cell_bytes;
+  }
+  MOEBIUS_HD constexpr int64_t outbox_reply(int64_t row) const {
+    return outbox_replies + row * reply_stride;
   }
   MOEBIUS_HD constexpr int64_t local(int slot, int64_t what) const {
     return workspace + slot * workspace_bytes + what;

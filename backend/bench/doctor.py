@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import itertools
 import os
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
 import torch
 
 from moebius import native
+from moebius.cuda import shared
 from moebius.errors import MoebiusError
 
 from .console import out, size
@@ -47,14 +47,32 @@ def _cpu_engine() -> dict[str, Any]:
 
 def _cuda_engine() -> dict[str, Any]:
     reasons = []
-    if importlib.util.find_spec(f"{__package__.rpartition('.')[0]}._cuda") is None:
-        reasons.append("its extension is not built (this version has none)")
-    if shutil.which("nvcc") is None:
-        reasons.append("no nvcc on PATH to build it")
-    driver = _driver()
-    if driver is None:
-        reasons.append("no NVIDIA driver (libcuda.so.1)")
-    return {"works": not reasons, "why": "; ".join(reasons), "driver": driver}
+    try:
+        native.cuda().num_devices()
+    except MoebiusError as error:
+        reasons.append(str(error))
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        reasons.append(f"torch {torch.__version__} is built without CUDA")
+    found: dict[str, Any] = {"works": not reasons, "why": "; ".join(reasons), "driver": _driver(), "devices": []}
+    if not reasons:
+        found["devices"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        found["strangers"] = _strangers()
+        found["between_processes"] = _between_processes()
+    return found
+
+
+def _strangers() -> list[tuple[int, int]]:
+    """Pairs of GPUs that cannot address each other's memory."""
+    pairs = itertools.combinations(range(torch.cuda.device_count()), 2)
+    return [(one, other) for one, other in pairs if not torch.cuda.can_device_access_peer(one, other)]
+
+
+def _between_processes() -> dict[str, Any]:
+    """How the memory of the first GPU can travel to another process."""
+    try:
+        return {"works": True, "ways": sorted(shared.ways(0))}
+    except (MoebiusError, RuntimeError) as error:
+        return {"works": False, "why": str(error)}
 
 
 def _driver() -> str | None:
@@ -102,6 +120,16 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     simd = found["engines"]["cpu"].get("simd")
     if simd == "scalar":
         warnings.append("the CPU engine runs without SIMD: several times slower")
+    cuda = found["engines"]["cuda"]
+    for one, other in cuda.get("strangers", []):
+        warnings.append(
+            f"GPUs {one} and {other} have no peer access (`nvidia-smi topo -p2p rw`): their ranks cannot reach each "
+            "other's memory; choose others with CUDA_VISIBLE_DEVICES"
+        )
+    if not cuda.get("between_processes", {"works": True})["works"]:
+        warnings.append(
+            f"virtual ranks run on CUDA, ranks in several processes do not: {cuda['between_processes']['why']}"
+        )
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         warnings.append("this torch has no gloo: no ranks in several processes from the command line")
     return warnings
@@ -122,6 +150,11 @@ def print_findings(found: dict[str, Any]) -> None:
             out(f"{_INSIDE}{name:<6} works, SIMD {engine['simd']} (available: {', '.join(engine['simd_available'])})")
         else:
             out(f"{_INSIDE}{name:<6} works, driver for CUDA {engine['driver']}")
+            for index, device in enumerate(engine["devices"]):
+                out(f"{_INSIDE}{'':<6} cuda:{index} {device}")
+            if engine["between_processes"]["works"]:
+                ways = ", ".join(engine["between_processes"]["ways"])
+                out(f"{_INSIDE}{'':<6} memory between processes by {ways}")
     out()
     out("Memory between processes")
     free = memory["dev_shm"].get("free_bytes")

@@ -234,15 +234,18 @@ class CudaEngine(Engine):
         raise error
 
     def synchronize(self) -> None:
-        """Wait for all of the device's work, then check."""
-        self._native.synchronize()
+        """Wait for the work of the current stream, then check.
+
+        Not for the device's: kernels of other ranks may be on it, and wait for what this thread has yet to launch.
+        """
+        self._native.synchronize(self._stream())
         self.check()
 
     def close(self) -> None:
         """Wait for kernels that use the memory, and free it. Graphs that hold our calls must not be replayed again."""
         # It fails when a kernel of the process did, or while capturing: freeing is then all that is left to do.
         with contextlib.suppress(CudaError):
-            self._native.synchronize()
+            self._native.synchronize(self._stream())
         self._native = self._handles = None
         self._memory.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -37,6 +38,8 @@ class FileServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who accepts
         self._listener.close()
         if self._thread is not None:
             self._thread.join()
@@ -50,8 +53,8 @@ class FileServer:
         deadline = time.monotonic() + TIMEOUT_S
         num_given = 0
         while num_given < num_peers:
-            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
+                self._listener.settimeout(max(0.01, deadline - time.monotonic()))
                 peer, _ = self._listener.accept()
             except OSError:
                 return  # closed, or the time is over: whoever waits for us finds that out by itself

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/network.h"
 #include "cpu/engine.h"
 #include "cpu/segment.h"
 #include "cpu/simd/kernels.h"
@@ -27,21 +28,24 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The heaps stay mapped as long as the engine does.
+// The heaps stay mapped as long as the engine does, and the network stays.
 struct EngineWithHeaps {
   EngineWithHeaps(const cpu::EngineConfig& config,
                   int rank,
                   std::vector<std::shared_ptr<cpu::Segment>> segments,
                   const std::vector<int>& pids,
-                  const std::string& simd)
-      : heaps(std::move(segments)) {
+                  const std::string& simd,
+                  std::shared_ptr<cpu::Network> way_out)
+      : heaps(std::move(segments)), network(std::move(way_out)) {
     const cpu::Kernels* kernels = cpu::find_kernels(simd.c_str());
     if (kernels == nullptr) throw std::invalid_argument("no such instruction set: " + simd);
     std::vector<std::byte*> addresses;
-    for (const auto& heap : heaps) addresses.push_back(heap->data());
-    engine = std::make_unique<Engine>(config, rank, std::move(addresses), pids, *kernels);
+    for (const auto& heap : heaps) addresses.push_back(heap ? heap->data() : nullptr);
+    engine =
+        std::make_unique<Engine>(config, rank, std::move(addresses), pids, *kernels, network.get());
   }
   std::vector<std::shared_ptr<cpu::Segment>> heaps;
+  std::shared_ptr<cpu::Network> network;
   std::unique_ptr<Engine> engine;
 };
 
@@ -65,7 +69,8 @@ void bind_layout(py::module_& m) {
                        int64_t payload_bytes,
                        int64_t scale_bytes,
                        int64_t reply_bytes,
-                       bool has_weights) {
+                       bool has_weights,
+                       bool has_outbox) {
              return Shape{num_ranks,
                           num_experts,
                           num_topk,
@@ -74,7 +79,8 @@ void bind_layout(py::module_& m) {
                           payload_bytes,
                           scale_bytes,
                           reply_bytes,
-                          has_weights};
+                          has_weights,
+                          has_outbox};
            }),
            py::kw_only(),
            py::arg("num_ranks"),
@@ -85,7 +91,8 @@ void bind_layout(py::module_& m) {
            py::arg("payload_bytes"),
            py::arg("scale_bytes"),
            py::arg("reply_bytes"),
-           py::arg("has_weights"));
+           py::arg("has_weights"),
+           py::arg("has_outbox") = false);
 
   py::class_<HeapLayout>(m, "HeapLayout")
       .def(py::init([](const Shape& shape) { return HeapLayout::of(shape); }))
@@ -98,13 +105,15 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("reply_stride", [](const HeapLayout& h) { return h.reply_stride; })
       .def("cell", &HeapLayout::cell)
       .def("regions", [](const HeapLayout& h) {
-        return std::vector<std::pair<std::string, int64_t>>{
+        std::vector<std::pair<std::string, int64_t>> regions{
             {"control", h.signals - h.control},
             {"signals", h.dispatch_inbox - h.signals},
             {"dispatch_inbox", h.combine_inbox - h.dispatch_inbox},
             {"combine_inbox", h.workspace - h.combine_inbox},
-            {"workspace", h.total - h.workspace},
+            {"workspace", (h.shape.has_outbox ? h.outbox_cells : h.total) - h.workspace},
         };
+        if (h.shape.has_outbox) regions.emplace_back("outbox", h.total - h.outbox_cells);
+        return regions;
       });
 }
 
@@ -132,15 +141,19 @@ void bind_engine(py::module_& m) {
                        int rank,
                        std::vector<std::shared_ptr<cpu::Segment>> heaps,
                        const std::vector<int>& pids,
-                       const std::string& simd) {
+                       const std::string& simd,
+                       std::shared_ptr<cpu::Network> network,
+                       int64_t chunk_bytes) {
              const cpu::EngineConfig config{shape,
                                             is_token_major,
                                             static_cast<ScaleFormat>(scale_format),
                                             static_cast<Dtype>(output_dtype),
                                             hidden,
                                             timeout_ns,
-                                            num_cores};
-             return std::make_unique<EngineWithHeaps>(config, rank, std::move(heaps), pids, simd);
+                                            num_cores,
+                                            chunk_bytes};
+             return std::make_unique<EngineWithHeaps>(
+                 config, rank, std::move(heaps), pids, simd, std::move(network));
            }),
            py::kw_only(),
            py::arg("shape"),
@@ -153,7 +166,10 @@ void bind_engine(py::module_& m) {
            py::arg("rank"),
            py::arg("heaps"),
            py::arg("pids"),
-           py::arg("simd"))
+           py::arg("simd"),
+           py::arg("network") = nullptr,
+           py::arg("chunk_bytes") = 0,
+           py::keep_alive<1, 13>())  // a network that is written in Python
       .def("dispatch_send",
            [](EngineWithHeaps& self,
               uintptr_t x,
@@ -272,6 +288,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "moebius core: heap layout, shared memory, CPU engine";
   moebius::bind_layout(m);
   moebius::bind_segment(m);
+  moebius::bind_network(m);
   moebius::bind_engine(m);
   m.def("simd_levels", [] {
     std::vector<std::string> names;

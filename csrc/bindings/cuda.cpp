@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,18 @@ T* at(uintptr_t address) {
 
 Stream stream_at(uintptr_t address) { return reinterpret_cast<Stream>(address); }
 
+// What waits for the device lets other threads of Python on: their ranks may be what it waits for.
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+// Freeing waits for the device, too.
+struct UnlockedDelete {
+  template <class T>
+  void operator()(T* p) const {
+    const py::gil_scoped_release release;
+    delete p;
+  }
+};
+
 // Without the GIL: a launch waits while the stream's queue is full, perhaps for a rank that another
 // thread of Python has yet to launch.
 template <class Params>
@@ -36,24 +49,24 @@ int run(Engine& self,
   return static_cast<int>((self.*half)(stream_at(stream), capture, params));
 }
 
-std::unique_ptr<Engine> make_engine(int num_ranks,
-                                    int num_experts,
-                                    int num_topk,
-                                    int max_num_tokens,
-                                    int depth,
-                                    int64_t payload_bytes,
-                                    int64_t scale_bytes,
-                                    int64_t reply_bytes,
-                                    bool has_weights,
-                                    bool is_token_major,
-                                    int scale_format,
-                                    int output_dtype,
-                                    int64_t hidden,
-                                    int64_t timeout_ns,
-                                    int num_sms,
-                                    int device,
-                                    int rank,
-                                    const std::vector<uintptr_t>& heaps) {
+std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
+                                                    int num_experts,
+                                                    int num_topk,
+                                                    int max_num_tokens,
+                                                    int depth,
+                                                    int64_t payload_bytes,
+                                                    int64_t scale_bytes,
+                                                    int64_t reply_bytes,
+                                                    bool has_weights,
+                                                    bool is_token_major,
+                                                    int scale_format,
+                                                    int output_dtype,
+                                                    int64_t hidden,
+                                                    int64_t timeout_ns,
+                                                    int num_sms,
+                                                    int device,
+                                                    int rank,
+                                                    const std::vector<uintptr_t>& heaps) {
   const Shape shape{num_ranks,
                     num_experts,
                     num_topk,
@@ -62,7 +75,8 @@ std::unique_ptr<Engine> make_engine(int num_ranks,
                     payload_bytes,
                     scale_bytes,
                     reply_bytes,
-                    has_weights};
+                    has_weights,
+                    std::count(heaps.begin(), heaps.end(), 0) != 0};
   const EngineConfig config{shape,
                             is_token_major,
                             static_cast<ScaleFormat>(scale_format),
@@ -73,7 +87,7 @@ std::unique_ptr<Engine> make_engine(int num_ranks,
                             device};
   std::vector<std::byte*> addresses;
   for (uintptr_t heap : heaps) addresses.push_back(at<std::byte>(heap));
-  return std::make_unique<Engine>(config, rank, addresses);
+  return std::unique_ptr<Engine, UnlockedDelete>(new Engine(config, rank, addresses));
 }
 
 int dispatch_send(Engine& self,
@@ -196,12 +210,14 @@ py::object take_fault(Engine& self) {
   return std::move(d);
 }
 
+// Local types: _cuda and _simt are made of the same classes, and a process may load both.
 void bind_engine(py::module_& m) {
   // What waits for the device lets other threads of Python on: their ranks may be what it waits
   // for.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<Engine>(m, "Engine")
+  py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine", py::module_local())
       .def(py::init(&make_engine),
+           Unlocked(),
            py::kw_only(),
            py::arg("num_ranks"),
            py::arg("num_experts"),
@@ -237,12 +253,15 @@ void bind_engine(py::module_& m) {
             return self.round_of(at<const uint64_t>(handle));
           },
           Unlocked())
-      .def("synchronize", &Engine::synchronize, Unlocked());
+      .def(
+          "synchronize",
+          [](const Engine& self, uintptr_t stream) { self.synchronize(stream_at(stream)); },
+          Unlocked());
 }
 
 void bind_memory(py::module_& m) {
-  py::class_<Memory>(m, "Memory")
-      .def(py::init<int, size_t>(), py::arg("device"), py::arg("num_bytes"))
+  py::class_<Memory, std::unique_ptr<Memory, UnlockedDelete>>(m, "Memory", py::module_local())
+      .def(py::init<int, size_t>(), Unlocked(), py::arg("device"), py::arg("num_bytes"))
       .def_property_readonly("address",
                              [](const Memory& m) { return reinterpret_cast<uintptr_t>(m.data()); })
       .def_property_readonly("num_bytes", &Memory::num_bytes);
@@ -275,7 +294,7 @@ PYBIND11_MODULE(_simt, m) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "moebius CUDA engine";
 #endif
-  py::register_exception_translator(moebius::cuda::translate);
+  py::register_local_exception_translator(moebius::cuda::translate);
   moebius::cuda::bind_memory(m);
   moebius::cuda::bind_engine(m);
 }

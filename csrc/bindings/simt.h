@@ -44,6 +44,11 @@ inline void bind(pybind11::module_& m) {
   m.def("register_memory", [](int rank, uintptr_t base, size_t num_bytes) {
     World::process().register_memory(rank, reinterpret_cast<void*>(base), num_bytes);
   });
+  m.def("register_symmetric", [](int rank, uintptr_t base, size_t num_bytes) {
+    World::process().network().register_symmetric(rank, reinterpret_cast<void*>(base), num_bytes);
+  });
+  m.def("num_puts", [](int rank) { return World::process().network().num_puts(rank); });
+  m.def("num_words", [](int rank) { return World::process().network().num_words(rank); });
   m.def("host_wrote", [](uintptr_t base, size_t num_bytes) {
     World::process().host_wrote(reinterpret_cast<const void*>(base), num_bytes);
   });
@@ -54,9 +59,10 @@ inline void bind(pybind11::module_& m) {
   m.def("run_until_idle", [] { World::process().run_until_idle(); }, Unlocked());
   m.def("now_ns", [] { return World::process().now_ns(); });
 
-  py::class_<Recorded>(m, "Recorded").def("replay", [](const Recorded& self, uintptr_t s) {
-    World::process().replay(self.graph, stream_at(s));
-  });
+  py::class_<Recorded>(m, "Recorded", py::module_local())
+      .def("replay", [](const Recorded& self, uintptr_t s) {
+        World::process().replay(self.graph, stream_at(s));
+      });
   m.def("begin_capture", [](uintptr_t s) { World::process().begin_capture(stream_at(s)); });
   m.def("end_capture",
         [](uintptr_t s) { return Recorded{World::process().end_capture(stream_at(s))}; });

@@ -17,16 +17,13 @@ const std::byte* expert_row(const CombineSend& args, int64_t expert, int64_t row
 
 }  // namespace
 
-int64_t Engine::reply_reduced(int slot, int src, int32_t i, const CombineSend& args) {
+void Engine::reduce(int slot, int src, int32_t i, const CombineSend& args, std::byte* reply) {
   const Shape& s = config_.shape;
-  const std::byte* cell = heap(rank_, layout_.cell(slot, src, i));
-  const auto* head = reinterpret_cast<const CellHead*>(cell + layout_.head_in_cell);
-  std::byte* reply = heap(src, layout_.reply(slot, head->reply_row));
   if (config_.is_token_major) {
     memcpy(reply, expert_row(args, 0, int64_t{src} * s.max_num_tokens + i), s.reply_bytes);
-    return 1;
+    return;
   }
-  const auto* ids = reinterpret_cast<const int32_t*>(head + 1);
+  const auto* ids = reinterpret_cast<const int32_t*>(&head_of(slot, src, i) + 1);
   const auto* cell_weights = reinterpret_cast<const float*>(ids + s.num_topk);
   const int32_t* cell_rows =
       local(slot, layout_.cell_rows) + (int64_t{src} * s.max_num_tokens + i) * s.num_topk;
@@ -39,25 +36,78 @@ int64_t Engine::reply_reduced(int slot, int src, int32_t i, const CombineSend& a
     weights[num_rows++] = cell_weights[k];
   }
   kernels_.weighted_sum(reply, rows, weights, num_rows, config_.hidden, config_.output_dtype);
-  return 1;
 }
 
-int64_t Engine::reply_each(int slot, int src, int32_t i, const CombineSend& args) {
+template <class PlaceRow>
+bool Engine::place_each(int slot, int src, const CombineSend& args, PlaceRow place_row) {
   const Shape& s = config_.shape;
-  const std::byte* cell = heap(rank_, layout_.cell(slot, src, i));
-  const auto* head = reinterpret_cast<const CellHead*>(cell + layout_.head_in_cell);
-  const auto* ids = reinterpret_cast<const int32_t*>(head + 1);
-  const int32_t* cell_rows =
-      local(slot, layout_.cell_rows) + (int64_t{src} * s.max_num_tokens + i) * s.num_topk;
-  int64_t num_rows = 0;
-  for (int k = 0; k < s.num_topk; ++k) {
-    if (ids[k] < 0) continue;
-    memcpy(heap(src, layout_.reply(slot, head->reply_row + k)),
-           expert_row(args, ids[k], cell_rows[k]),
-           s.reply_bytes);
-    ++num_rows;
+  const int32_t num_tokens = local(slot, layout_.num_received)[src];
+  for (int32_t i = 0; i < num_tokens; ++i) {
+    const CellHead& head = head_of(slot, src, i);
+    const auto* ids = reinterpret_cast<const int32_t*>(&head + 1);
+    const int32_t* cell_rows =
+        local(slot, layout_.cell_rows) + (int64_t{src} * s.max_num_tokens + i) * s.num_topk;
+    for (int k = 0; k < s.num_topk; ++k) {
+      if (ids[k] < 0) continue;
+      if (!place_row(head.reply_row + k, expert_row(args, ids[k], cell_rows[k]))) return false;
+    }
   }
+  return true;
+}
+
+int64_t Engine::reply_direct(int slot, int src, const CombineSend& args) {
+  const Shape& s = config_.shape;
+  if (s.has_weights) {
+    const int32_t num_tokens = local(slot, layout_.num_received)[src];
+    for (int32_t i = 0; i < num_tokens; ++i) {
+      reduce(slot, src, i, args, heap(src, layout_.reply(slot, head_of(slot, src, i).reply_row)));
+    }
+    return num_tokens;
+  }
+  int64_t num_rows = 0;
+  place_each(slot, src, args, [&](int64_t row, const std::byte* from) {
+    memcpy(heap(src, layout_.reply(slot, row)), from, s.reply_bytes);
+    ++num_rows;
+    return true;
+  });
   return num_rows;
+}
+
+// The rows of one peer stand together in the outbox, in the order of its cells; with weights at
+// dispatch they do so at home too. When the outbox is full (only with very uneven routing), what is
+// in it leaves first.
+bool Engine::reply_remote(
+    int slot, int src, uint64_t epoch, const CombineSend& args, int64_t* num_rows) {
+  const Shape& s = config_.shape;
+  const int32_t num_tokens = local(slot, layout_.num_received)[src];
+  const int64_t signal_at = layout_.signal(slot, rank_, SignalKind::kCombine);
+  const uint64_t word = signal_word(epoch, static_cast<uint64_t>(num_tokens));
+  if (s.has_weights && num_tokens > 0) {
+    if (!make_room(num_tokens, epoch)) return false;
+    std::byte* rows = heap(rank_, layout_.outbox_reply(outbox_used_));
+    for (int32_t i = 0; i < num_tokens; ++i) {
+      reduce(slot, src, i, args, rows + i * layout_.reply_stride);
+    }
+    outbox_used_ += num_tokens;
+    *num_rows = num_tokens;
+    network_->put_signal(src,
+                         layout_.reply(slot, head_of(slot, src, 0).reply_row),
+                         rows,
+                         num_tokens * layout_.reply_stride,
+                         signal_at,
+                         word);
+    return true;
+  }
+  const bool is_sent = place_each(slot, src, args, [&](int64_t row, const std::byte* from) {
+    if (!make_room(1, epoch)) return false;
+    std::byte* out = heap(rank_, layout_.outbox_reply(outbox_used_++));
+    memcpy(out, from, s.reply_bytes);
+    network_->put(src, layout_.reply(slot, row), out, s.reply_bytes);
+    ++*num_rows;
+    return true;
+  });
+  if (is_sent) network_->put_signal(src, 0, nullptr, 0, signal_at, word);
+  return is_sent;
 }
 
 bool Engine::combine_send(uint64_t epoch, const CombineSend& args) {
@@ -67,15 +117,18 @@ bool Engine::combine_send(uint64_t epoch, const CombineSend& args) {
   for (int src = 0; src < s.num_ranks; ++src) {
     if (!is_dead(src) && !may_write_to(src, epoch)) return lose(epoch);
   }
+  if (!clear_outbox(epoch)) return lose(epoch);
   for (int i = 0; i < s.num_ranks; ++i) {
     const int src = (rank_ + 1 + i) % s.num_ranks;
     if (is_dead(src)) continue;
     int64_t num_rows = 0;
-    for (int32_t c = 0; c < num_received[src]; ++c) {
-      num_rows +=
-          s.has_weights ? reply_reduced(slot, src, c, args) : reply_each(slot, src, c, args);
+    if (is_remote(src)) {
+      if (!reply_remote(slot, src, epoch, args, &num_rows)) return lose(epoch);
+    } else {
+      num_rows = reply_direct(slot, src, args);
+      publish(signal(src, slot, rank_, SignalKind::kCombine),
+              signal_word(epoch, num_received[src]));
     }
-    publish(signal(src, slot, rank_, SignalKind::kCombine), signal_word(epoch, num_received[src]));
     if (src != rank_) remote_bytes_ += num_rows * s.reply_bytes;
   }
   control(rank_).combined[slot] = epoch + 1;

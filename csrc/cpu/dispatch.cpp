@@ -61,37 +61,39 @@ void Engine::quantise_routed(const DispatchSend& args) {
   }
 }
 
-void Engine::send_cells(int dst, int slot, int32_t reply_base, const DispatchSend& args) {
+void Engine::fill_cell(std::byte* cell, int dst, int32_t i, const DispatchSend& args) {
   const Shape& s = config_.shape;
   const bool is_quantised = args.encoding == Encoding::kQuantise;
   const int64_t quantised_stride = s.payload_bytes + s.scale_bytes;
   const int first_expert = dst * s.num_local_experts();
-  const std::vector<int32_t>& tokens = tokens_for_[dst];
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const int32_t t = tokens[i];
-    std::byte* cell = heap(dst, layout_.cell(slot, rank_, static_cast<int64_t>(i)));
-    const std::byte* payload =
-        is_quantised ? quantised_.data() + t * quantised_stride : args.x + t * args.x_stride;
-    memcpy(cell, payload, s.payload_bytes);
-    if (s.scale_bytes > 0) {
-      const std::byte* scales =
-          is_quantised ? payload + s.payload_bytes : args.scales + t * args.scales_stride;
-      memcpy(cell + layout_.scales_in_cell, scales, s.scale_bytes);
-    }
-    auto* head = reinterpret_cast<CellHead*>(cell + layout_.head_in_cell);
-    head->token = t;
-    head->reply_row = s.has_weights ? reply_base + static_cast<int32_t>(i) : t * s.num_topk;
-    auto* ids = reinterpret_cast<int32_t*>(head + 1);
-    for (int k = 0; k < s.num_topk; ++k) {
-      const int32_t id = topk_ids_[int64_t{t} * s.num_topk + k];
-      const bool is_there = id >= 0 && rank_of_expert_[id] == dst;
-      ids[k] = is_there ? id - first_expert : -1;
-    }
-    if (s.has_weights) {
-      memcpy(ids + s.num_topk,
-             args.topk_weights + int64_t{t} * s.num_topk,
-             s.num_topk * sizeof(float));
-    }
+  const int32_t t = tokens_for_[dst][i];
+  const std::byte* payload =
+      is_quantised ? quantised_.data() + t * quantised_stride : args.x + t * args.x_stride;
+  memcpy(cell, payload, s.payload_bytes);
+  if (s.scale_bytes > 0) {
+    const std::byte* scales =
+        is_quantised ? payload + s.payload_bytes : args.scales + t * args.scales_stride;
+    memcpy(cell + layout_.scales_in_cell, scales, s.scale_bytes);
+  }
+  auto* head = reinterpret_cast<CellHead*>(cell + layout_.head_in_cell);
+  head->token = t;
+  head->reply_row = s.has_weights ? reply_base_[dst] + i : t * s.num_topk;
+  auto* ids = reinterpret_cast<int32_t*>(head + 1);
+  for (int k = 0; k < s.num_topk; ++k) {
+    const int32_t id = topk_ids_[int64_t{t} * s.num_topk + k];
+    const bool is_there = id >= 0 && rank_of_expert_[id] == dst;
+    ids[k] = is_there ? id - first_expert : -1;
+  }
+  if (s.has_weights) {
+    memcpy(
+        ids + s.num_topk, args.topk_weights + int64_t{t} * s.num_topk, s.num_topk * sizeof(float));
+  }
+}
+
+void Engine::send_cells(int dst, int slot, const DispatchSend& args) {
+  const auto num_tokens = static_cast<int32_t>(tokens_for_[dst].size());
+  for (int32_t i = 0; i < num_tokens; ++i) {
+    fill_cell(heap(dst, layout_.cell(slot, rank_, i)), dst, i, args);
   }
 }
 
@@ -113,6 +115,7 @@ bool Engine::dispatch_send(const DispatchSend& args) {
       return lose(epoch);
     }
   }
+  if (!clear_outbox(epoch)) return lose(epoch);
   if (args.encoding == Encoding::kQuantise) quantise_routed(args);
 
   int32_t* num_sent = local(slot, layout_.num_sent);
@@ -144,8 +147,12 @@ bool Engine::dispatch_send(const DispatchSend& args) {
   for (int i = 0; i < s.num_ranks; ++i) {
     const int dst = (rank_ + 1 + i) % s.num_ranks;
     if (is_dead(dst)) continue;
-    send_cells(dst, slot, reply_base_[dst], args);
-    publish(signal(dst, slot, rank_, SignalKind::kDispatch), signal_word(epoch, num_sent[dst]));
+    if (is_remote(dst)) {
+      send_cells_remote(dst, slot, epoch, args);
+    } else {
+      send_cells(dst, slot, args);
+      publish(signal(dst, slot, rank_, SignalKind::kDispatch), signal_word(epoch, num_sent[dst]));
+    }
     if (dst != rank_) remote_bytes_ += num_sent[dst] * layout_.cell_bytes;
   }
   return true;
@@ -155,10 +162,12 @@ bool Engine::is_sane(int slot, int src, int32_t num_tokens) const {
   const Shape& s = config_.shape;
   const int64_t num_replies = s.max_num_tokens * s.replies_per_token();
   const int64_t last = s.has_weights ? 0 : s.num_topk - 1;
+  const int64_t first_row = num_tokens > 0 ? head_of(slot, src, 0).reply_row : 0;
   for (int32_t i = 0; i < num_tokens; ++i) {
-    const std::byte* cell = heap(rank_, layout_.cell(slot, src, i));
-    const auto* head = reinterpret_cast<const CellHead*>(cell + layout_.head_in_cell);
+    const CellHead* head = &head_of(slot, src, i);
     if (head->reply_row < 0 || head->reply_row + last >= num_replies) return false;
+    // The rows of one source are one range: over the network they leave as one message.
+    if (s.has_weights && head->reply_row != first_row + i) return false;
     const auto* ids = reinterpret_cast<const int32_t*>(head + 1);
     for (int k = 0; k < s.num_topk; ++k) {
       if (ids[k] < -1 || ids[k] >= s.num_local_experts()) return false;

@@ -12,6 +12,7 @@ constexpr int64_t kSliceNs = 2'000'000;  // between looks at the peer and its pr
 // However long a source is held up by others, a wait ends after this many timeouts: one of its own,
 // one of the rank that it waits for, and one to spare.
 constexpr int64_t kMostTimeouts = 3;
+constexpr int64_t kBeatsPerTimeout = 8;  // to remote ranks, in a wait that lasts
 
 }  // namespace
 
@@ -19,12 +20,14 @@ Engine::Engine(const EngineConfig& config,
                int rank,
                std::vector<std::byte*> heaps,
                const std::vector<int>& pids,
-               const Kernels& kernels)
+               const Kernels& kernels,
+               Network* network)
     : config_(config),
       layout_(HeapLayout::of(config.shape)),
       rank_(rank),
       heaps_(std::move(heaps)),
       kernels_(kernels),
+      network_(network),
       policy_(wait_policy(config.shape.num_ranks, config.num_cores)) {
   const Shape& s = config_.shape;
   for (int pid : pids) liveness_.emplace_back(pid);
@@ -39,6 +42,13 @@ Engine::Engine(const EngineConfig& config,
 void Engine::mask(int rank, bool is_dead) {
   auto* masks = reinterpret_cast<uint32_t*>(heap(rank_, layout_.masks));
   __atomic_store_n(&masks[rank], is_dead ? 1u : 0u, __ATOMIC_RELEASE);
+  if (is_remote(rank)) refuse(rank, is_dead);
+}
+
+bool Engine::is_refused_by(int rank) const {
+  if (!is_remote(rank)) return has_given_up(rank, rank_);
+  const auto* refusal = reinterpret_cast<const uint32_t*>(heap(rank_, layout_.refusal(rank)));
+  return __atomic_load_n(refusal, __ATOMIC_ACQUIRE) != 0;
 }
 
 bool Engine::has_given_up(int who, int rank) const {
@@ -47,7 +57,7 @@ bool Engine::has_given_up(int who, int rank) const {
 }
 
 bool Engine::may_write_to(int dst, uint64_t epoch) {
-  if (!has_given_up(dst, rank_)) return true;
+  if (!is_refused_by(dst)) return true;
   return fail(FaultKind::kTimeout, Reason::kReported, rank_, dst, epoch, 0);
 }
 
@@ -73,6 +83,8 @@ bool Engine::fail(FaultKind kind,
 int Engine::find_culprit(int src) const {
   int culprit = src;
   for (int hop = 0; hop < config_.shape.num_ranks; ++hop) {
+    // What a remote rank waits for is not seen from here: its beats tell.
+    if (is_remote(culprit)) return culprit;
     const uint64_t word = __atomic_load_n(&control(culprit).awaiting, __ATOMIC_ACQUIRE);
     if (word == 0) return culprit;
     const int next = static_cast<int>(signal_value(word) / 2);
@@ -103,6 +115,8 @@ bool Engine::poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word) {
   const int64_t limit_ns = start + kMostTimeouts * config_.timeout_ns;
   int64_t deadline_ns = start + config_.timeout_ns;
   int64_t next_look_ns = start + kSliceNs;
+  int64_t next_beat_ns = start + 2 * config_.timeout_ns / kBeatsPerTimeout;
+  SeenBeat seen_beat;
   bool is_here = false;
   for (;;) {
     *word = load_signal(awaited);
@@ -110,11 +124,19 @@ bool Engine::poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word) {
     const int64_t now = now_ns();
     if (now > next_look_ns || now > deadline_ns) {
       next_look_ns = now + kSliceNs;
-      const int culprit = find_culprit(src);
+      if (network_ != nullptr && now > next_beat_ns) {
+        next_beat_ns = now + config_.timeout_ns / kBeatsPerTimeout;
+        beat(src);
+      }
+      int culprit = find_culprit(src);
+      if (culprit == src && is_remote(src)) {
+        const int awaited = heard_from(src, now, &seen_beat);
+        if (awaited >= 0) culprit = awaited;
+      }
       // The time in which the source is itself held up is not counted against it.
       if (culprit != src) deadline_ns = std::min(now + config_.timeout_ns, limit_ns);
       const bool is_dead = liveness_[src].is_dead();
-      const bool is_refused = has_given_up(src, rank_);
+      const bool is_refused = is_refused_by(src);
       if (is_dead || is_refused || now > deadline_ns) {
         // It may have signalled as its last act.
         *word = load_signal(awaited);
@@ -171,7 +193,7 @@ void Engine::signal_all(uint64_t epoch, SignalKind kind, uint64_t word) {
   const int num_ranks = config_.shape.num_ranks;
   for (int i = 0; i < num_ranks; ++i) {
     const int dst = (rank_ + 1 + i) % num_ranks;
-    if (!is_dead(dst)) publish(signal(dst, layout_.slot_of(epoch), rank_, kind), word);
+    if (!is_dead(dst)) send_signal(dst, layout_.slot_of(epoch), kind, word);
   }
 }
 

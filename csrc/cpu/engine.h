@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/network.h"
 #include "cpu/segment.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/wait.h"
@@ -26,7 +27,8 @@ struct EngineConfig {
   Dtype output_dtype;
   int64_t hidden;
   int64_t timeout_ns;
-  int num_cores;  // that the ranks of this host may run on, all together
+  int num_cores;            // that the ranks of this host may run on, all together
+  int64_t chunk_bytes = 0;  // of dispatch messages over the network; 0: one message a rank
 };
 
 struct DispatchSend {
@@ -74,12 +76,14 @@ struct CombineRecv {
 
 class Engine {
  public:
-  // `heaps[r]` is rank r's heap, mapped here; `pids[r]` its process, 0 for one of this process.
+  // `heaps[r]` is rank r's heap, mapped here, or null: rank r is remote, and `network` leads there.
+  // `pids[r]` is its process, 0 for one of this process or of another host.
   Engine(const EngineConfig& config,
          int rank,
          std::vector<std::byte*> heaps,
          const std::vector<int>& pids,
-         const Kernels& kernels);
+         const Kernels& kernels,
+         Network* network = nullptr);
 
   // Each returns false on a fault. kRouting changed nothing; after kTimeout the round is lost and
   // closed, and the rank to blame is masked.
@@ -120,7 +124,11 @@ class Engine {
   bool lose(uint64_t epoch);
   bool close_round(uint64_t epoch);
   void signal_all(uint64_t epoch, SignalKind kind, uint64_t word);
+  // A word without data.
+  void send_signal(int dst, int slot, SignalKind kind, uint64_t word);
   bool has_given_up(int who, int rank) const;
+  // Whether `rank` has given this one up.
+  bool is_refused_by(int rank) const;
   // False, with the fault, when `dst` has given this rank up: its memory may serve other rounds by
   // now.
   bool may_write_to(int dst, uint64_t epoch);
@@ -129,17 +137,46 @@ class Engine {
   template <class Id>
   bool route_ids(const Id* ids, int64_t num_tokens);
   void quantise_routed(const DispatchSend& args);
-  void send_cells(int dst, int slot, int32_t reply_base, const DispatchSend& args);
+  void fill_cell(std::byte* cell, int dst, int32_t i, const DispatchSend& args);
+  void send_cells(int dst, int slot, const DispatchSend& args);
   // What a peer wrote is an index here only once it is known to be in bounds.
   bool is_sane(int slot, int src, int32_t num_tokens) const;
   void unpack_cell(int slot, int src, int32_t i, const DispatchRecv& args);
   void clean_cells(int slot, int src, int32_t num_tokens);
   void count_experts(int slot, int src, int32_t num_tokens, int32_t* expert_num_tokens);
-  // Both return the rows they sent.
-  int64_t reply_reduced(int slot, int src, int32_t i, const CombineSend& args);
-  int64_t reply_each(int slot, int src, int32_t i, const CombineSend& args);
+  // The one row that answers a cell, into `reply`.
+  void reduce(int slot, int src, int32_t i, const CombineSend& args, std::byte* reply);
+  // Calls `place_row(row at home, expert's row)` for each choice that is answered here, while true.
+  template <class PlaceRow>
+  bool place_each(int slot, int src, const CombineSend& args, PlaceRow place_row);
+  int64_t reply_direct(int slot, int src, const CombineSend& args);  // returns the rows it sent
+
+  // Over the network (cpu/remote.cpp).
+  bool is_remote(int rank) const { return heaps_[rank] == nullptr; }
+  void refuse(int rank, bool is_given_up);
+  // Tells the remote ranks, but `awaited`, that this one lives and waits for `awaited`.
+  void beat(int awaited);
+  // Whom a remote rank waits for, by its last beat; -1 if it beats no more. `seen` is kept between
+  // the looks of one wait.
+  struct SeenBeat {
+    uint64_t word = 0;
+    int64_t time_ns = 0;
+  };
+  int heard_from(int src, int64_t now, SeenBeat* seen) const;
+  // Makes sure that the outbox may be filled again; false, with the fault, if a rank keeps it.
+  bool clear_outbox(uint64_t epoch);
+  // Makes sure that its combine part takes `num_rows` more; false as above.
+  bool make_room(int64_t num_rows, uint64_t epoch);
+  void send_cells_remote(int dst, int slot, uint64_t epoch, const DispatchSend& args);
+  // Sends the rows and the signal. Counts the rows; false, with the fault, if the outbox was full
+  // and a rank kept it.
+  bool reply_remote(int slot, int src, uint64_t epoch, const CombineSend& args, int64_t* num_rows);
 
   std::byte* heap(int rank, int64_t offset) const { return heaps_[rank] + offset; }
+  const CellHead& head_of(int slot, int src, int64_t i) const {
+    return *reinterpret_cast<const CellHead*>(
+        heap(rank_, layout_.cell(slot, src, i) + layout_.head_in_cell));
+  }
   Control& control(int rank) const {
     return *reinterpret_cast<Control*>(heap(rank, layout_.control));
   }
@@ -155,10 +192,13 @@ class Engine {
   const int rank_;
   const std::vector<std::byte*> heaps_;
   const Kernels& kernels_;
+  Network* const network_;  // null without remote ranks
   const WaitPolicy policy_;
   std::vector<Liveness> liveness_;
   Fault fault_;
   int64_t remote_bytes_ = 0;
+  uint64_t num_beats_ = 0;
+  int64_t outbox_used_ = 0;  // rows of its combine part, by the combine send that runs
 
   // Scratch of dispatch send, kept to spare the allocations.
   std::vector<int32_t> rank_of_expert_;           // [E]

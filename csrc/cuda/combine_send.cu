@@ -14,65 +14,11 @@
 //   the weights are not known here.
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
-#include "cuda/mover.cuh"
+#include "cuda/replies.cuh"
 #include "cuda/sum.cuh"
 
 namespace moebius::cuda {
 namespace {
-
-struct Shared {
-  MoverShared mover;
-  int32_t* first_cell;  // [R + 1] cells of the ranks before
-  uint32_t* scratch;
-};
-
-MOEBIUS_DEVICE Shared carve(bool has_mover, int num_ranks) {
-  Shared shared;
-  std::byte* at = shared_memory();
-  shared.mover = MoverShared::in(at);
-  if (has_mover) at += kMoverSharedBytes;
-  shared.first_cell = reinterpret_cast<int32_t*>(at);
-  shared.scratch = reinterpret_cast<uint32_t*>(shared.first_cell + num_ranks + 1);
-  return shared;
-}
-
-// The answer to one cell.
-struct Reply {
-  int src;
-  int64_t number;  // of the cell, in the inbox
-  const std::byte* cell;
-  int32_t row;  // in the combine inbox of `src`; -1: out of bounds, not sent
-};
-
-MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const Shared& shared) {
-  const Shape& s = self.layout.shape;
-  int src = 0;
-  while (load(shared.first_cell + src + 1) <= number) ++src;  // ranks are few
-  const int index = number - load(shared.first_cell + src);
-  Reply r;
-  r.src = src;
-  r.number = int64_t{src} * s.max_num_tokens + index;
-  r.cell = self.heap + self.layout.cell(slot, src, index);
-  r.row = load(&reinterpret_cast<const CellHead*>(r.cell + self.layout.head_in_cell)->reply_row);
-  // Seen to be in bounds when it was received; a peer can write here all the same.
-  const int64_t last = int64_t{r.row} + (s.has_weights ? 0 : s.num_topk - 1);
-  if (r.row < 0 || last >= s.max_num_tokens * s.replies_per_token()) r.row = -1;
-  return r;
-}
-
-// Where this lane's choice of a cell was put: address in expert_out, or null.
-MOEBIUS_DEVICE const std::byte* expert_row(const CombineSendParams& p,
-                                           int slot,
-                                           const Reply& reply,
-                                           int choice) {
-  const Shape& s = p.self.layout.shape;
-  if (choice >= s.num_topk) return nullptr;
-  const int32_t* rows = in_workspace<int32_t>(p.self, slot, p.self.layout.cell_rows);
-  const int32_t at = load(rows + reply.number * s.num_topk + choice);
-  if (at < 0) return nullptr;
-  const int num_rows = s.num_ranks * s.max_num_tokens;
-  return p.expert_out + at / num_rows * p.expert_stride + at % num_rows * p.row_stride;
-}
 
 // What a sum is made of, one lane for each choice.
 struct Sum {
@@ -81,10 +27,8 @@ struct Sum {
   float weight;
 };
 
-MOEBIUS_DEVICE Sum find_sum(const CombineSendParams& p,
-                            int slot,
-                            int number,
-                            const Shared& shared) {
+MOEBIUS_DEVICE Sum find_sum(
+    const CombineSendParams& p, int slot, int number, const Wave& wave, const ReplyShared& shared) {
   const HeapLayout& layout = p.self.layout;
   const int num_topk = layout.shape.num_topk;
   const Reply reply = find_reply(p.self, slot, number, shared);
@@ -92,27 +36,28 @@ MOEBIUS_DEVICE Sum find_sum(const CombineSendParams& p,
   const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.head_in_cell +
                                                        sizeof(CellHead) + 4 * int64_t{num_topk});
   if (lane() < num_topk) sum.weight = load(weights + lane());
-  if (reply.row >= 0) {
-    sum.out = in_heap<std::byte>(p.self, reply.src, layout.reply(slot, reply.row));
-  }
+  if (reply.row >= 0) sum.out = place_of(p.self, slot, reply, 0, number, wave);
   return sum;
 }
 
 // expert_major, weights known: sums of the experts' rows.
 template <Dtype kDtype>
-MOEBIUS_DEVICE void send_sums(const CombineSendParams& p, int slot, const Shared& shared) {
+MOEBIUS_DEVICE void send_sums(const CombineSendParams& p,
+                              int slot,
+                              const Wave& wave,
+                              const ReplyShared& shared) {
   const Shape& s = p.self.layout.shape;
   const int slices = num_slices(s.reply_bytes);
   const int num_vectors = static_cast<int>(s.reply_bytes / 16);
-  const int num_items = load(shared.first_cell + s.num_ranks) * slices;
-  const int step = kWarpsPerBlock * num_blocks();
-  int item = warp_index() * num_blocks() + block_index();
+  const int end_item = wave.end * slices;
+  int item = wave.begin * slices + wave.share.first;
   Sum ahead{nullptr, nullptr, 0.0f};
-  if (item < num_items) ahead = find_sum(p, slot, item / slices, shared);
-  for (; item < num_items; item += step) {
+  if (item < end_item) ahead = find_sum(p, slot, item / slices, wave, shared);
+  for (; item < end_item; item += wave.share.step) {
     const Sum sum = ahead;
     // On its way while this one is summed.
-    if (item + step < num_items) ahead = find_sum(p, slot, (item + step) / slices, shared);
+    const int next = item + wave.share.step;
+    if (next < end_item) ahead = find_sum(p, slot, next / slices, wave, shared);
     if (sum.out == nullptr) continue;
     const int begin = item % slices * kUnroll * kWarp;
     const int end = static_cast<int>(min_of(begin + kUnroll * kWarp, num_vectors));
@@ -125,72 +70,82 @@ MOEBIUS_DEVICE void send_sums(const CombineSendParams& p, int slot, const Shared
 struct ToSources {
   const CombineSendParams& p;
   int slot;
-  int choices;  // rows of a cell
-  const Shared& shared;
-  std::byte* reply;
+  int choices;  // units of a cell
+  const ReplyShared& shared;
+  Wave wave;
+  std::byte* place;
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
-    const Reply r = find_reply(p.self, slot, row / choices, shared);
+    const int unit = wave.begin + row;
+    const Reply r = find_reply(p.self, slot, unit / choices, shared);
     if (r.row < 0) return nullptr;
     if (p.self.is_token_major) return p.expert_out + r.number * p.row_stride;
-    return expert_row(p, slot, r, row % choices);
+    return expert_row(p, slot, r, unit % choices);
   }
   MOEBIUS_DEVICE void begin(int row) {
-    const Reply r = find_reply(p.self, slot, row / choices, shared);
-    const int64_t at = p.self.layout.reply(slot, r.row + row % choices);
-    reply = in_heap<std::byte>(p.self, r.src, at);
+    const int unit = wave.begin + row;
+    const Reply r = find_reply(p.self, slot, unit / choices, shared);
+    place = place_of(p.self, slot, r, unit % choices, unit, wave);
   }
-  MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? reply : nullptr; }
+  MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? place : nullptr; }
 };
 
-MOEBIUS_DEVICE void send_rows(const CombineSendParams& p, int slot, const Shared& shared) {
-  const Shape& s = p.self.layout.shape;
-  const int choices = s.has_weights ? 1 : s.num_topk;
-  Mover<ToSources> mover{shared.mover, {p, slot, choices, shared, nullptr}, s.reply_bytes};
-  mover.start(load(shared.first_cell + s.num_ranks) * choices);
+MOEBIUS_DEVICE void send_rows(const CombineSendParams& p,
+                              int slot,
+                              int choices,
+                              const Wave& wave,
+                              uint32_t* sequence,
+                              const ReplyShared& shared) {
+  const ToSources rows{p, slot, choices, shared, wave, nullptr};
+  Mover<ToSources> mover{shared.mover, rows, p.self.layout.shape.reply_bytes, wave.share};
+  mover.requested = mover.served = *sequence;
+  mover.start(wave.end - wave.begin);
   mover.run();
+  *sequence = mover.served;
   bulk_wait_all();
 }
 
-// Last block.
-MOEBIUS_DEVICE void announce(const Rank& self, const Begun& begun, const Shared& shared) {
-  if (has_failed(self, begun.epoch)) return lose(self, Half::kCombineSend, begun.epoch);
-  const Shape& s = self.layout.shape;
-  for (int dst = thread_index(); dst < s.num_ranks; dst += num_threads()) {
-    if (is_masked(self, dst)) continue;
-    const int n = load(shared.first_cell + dst + 1) - load(shared.first_cell + dst);
+// Statistics: bytes of rows of single experts that this block's share sends to other ranks.
+MOEBIUS_DEVICE void count_rows(const CombineSendParams& p,
+                               int slot,
+                               int num_units,
+                               const ReplyShared& shared) {
+  const Rank& self = p.self;
+  const int num_topk = self.layout.shape.num_topk;
+  int n = 0;
+  for (int unit = block_index() * num_threads() + thread_index(); unit < num_units;
+       unit += num_threads() * num_blocks()) {
+    const Reply r = find_reply(self, slot, unit / num_topk, shared);
+    const bool is_sent = r.src != self.rank && r.row >= 0;
+    n += is_sent && expert_row(p, slot, r, unit % num_topk) != nullptr ? 1 : 0;
+  }
+  int* sum = shared.counts + ReplyShared::kNumRows;
+  if (n != 0) add_shared(sum, n);
+  sync_block();
+  if (thread_index() == 0 && load(sum) != 0) {
+    add_relaxed_gpu(&self.state->remote_bytes, load(sum) * self.layout.shape.reply_bytes);
+  }
+}
+
+// Last block: the ranks that are reached directly are told.
+MOEBIUS_DEVICE void announce(const Rank& self, const Begun& begun, const ReplyShared& shared) {
+  for (int i = thread_index(); i < shared.num_direct(); i += num_threads()) {
+    const int n = shared.cells_before(i + 1) - shared.cells_before(i);
     // Release: the rows that all blocks have written; and no cell of the round is read here any
     // more. [arrived]
-    store_release_sys(signal_at(self, dst, begun.slot, self.rank, SignalKind::kCombine),
-                      signal_word(begun.epoch, static_cast<uint64_t>(n)));
+    store_release_sys(
+        signal_at(self, load(shared.order + i), begun.slot, self.rank, SignalKind::kCombine),
+        signal_word(begun.epoch, static_cast<uint64_t>(n)));
   }
   if (thread_index() != 0) return;
   store(&control_of(self, self.rank)->combined[begun.slot], begun.epoch + 1);
 }
 
-// `kMoves`: rows only move; else they are summed here.
-template <bool kMoves, Dtype kDtype>
-MOEBIUS_KERNEL(kThreadsPerBlock)
-combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
-  const Rank& self = p.self;
-  const Shape& s = self.layout.shape;
-  const Shared shared = carve(kMoves, s.num_ranks);
-  if constexpr (kMoves) shared.mover.init();
-  if (thread_index() == 0) store(shared.scratch, 0u);
-  sync_block();
-  wait_for_previous_kernel();
-  const Begun begun = begin_half(self, p.handle, Half::kCombineSend);
-  if (begun.is_stale || begun.is_lost) return;
-  const int32_t* num_received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);
-  if (thread_index() == 0) {
-    int sum = 0;
-    store(shared.first_cell, 0);
-    for (int src = 0; src < s.num_ranks; ++src) {
-      if (!is_masked(self, src)) sum += load(num_received + src);
-      store(shared.first_cell + src + 1, sum);
-    }
-  }
-  for (int src = thread_index(); src < s.num_ranks; src += num_threads()) {
+// Whether this rank has been given up by one that it would write to; then the round is lost.
+MOEBIUS_DEVICE void look_for_refusals(const Rank& self,
+                                      const Begun& begun,
+                                      const ReplyShared& shared) {
+  for (int src = thread_index(); src < self.layout.shape.num_ranks; src += num_threads()) {
     if (src == self.rank || is_masked(self, src) || !is_refused_by(self, src)) continue;
     // Its memory may serve other rounds by now.
     store(shared.scratch, 1u);
@@ -204,26 +159,85 @@ combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
          0,
          0);
   }
+}
+
+// `kMoves`: rows only move; else they are summed here.
+template <bool kMoves, Dtype kDtype>
+MOEBIUS_KERNEL(kThreadsPerBlock)
+combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
+  const Rank& self = p.self;
+  const Shape& s = self.layout.shape;
+  const ReplyShared shared = ReplyShared::in(shared_memory(), kMoves, s.num_ranks);
+  if constexpr (kMoves) shared.mover.init();
+  if (thread_index() == 0) store(shared.scratch, 0u);
   sync_block();
-  const bool may_send = load(shared.scratch) == 0;
-  if constexpr (kMoves) {
-    if (may_send) send_rows(p, begun.slot, shared);
-  } else {
-    if (may_send) send_sums<kDtype>(p, begun.slot, shared);
+  wait_for_previous_kernel();
+  const Begun begun = begin_half(self, p.handle, Half::kCombineSend);
+  if (begun.is_stale || begun.is_lost) return;
+  if (thread_index() == 0) order_sources(self, begun.slot, shared);
+  look_for_refusals(self, begun, shared);
+  // What the last round left in the outbox has long left it.
+  if (kHasNetwork && s.has_outbox && thread_index() == 0) network_quiet();
+  sync_block();
+  const int choices = s.has_weights ? 1 : s.num_topk;
+  const int num_units = shared.cells_before(shared.num_sources()) * choices;
+  // The direct rows, and as many of the others as the outbox holds: all, but for the most uneven
+  // routing.
+  Wave wave{0, num_units, num_units, true, Share::of_grid()};
+  if (kHasNetwork) {
+    wave.outbox_begin = shared.cells_before(shared.num_direct()) * choices;
+    wave.end = static_cast<int>(min_of(num_units, wave.outbox_begin + s.outbox_rows()));
+  }
+  uint32_t sequence = 0;
+  const auto send = [&]() {
+    if constexpr (kMoves) {
+      send_rows(p, begun.slot, choices, wave, &sequence, shared);
+    } else {
+      send_sums<kDtype>(p, begun.slot, wave, shared);
+    }
+  };
+  if (load(shared.scratch) == 0) {
+    send();
+    if constexpr (kMoves) {
+      if (choices != 1) count_rows(p, begun.slot, num_units, shared);
+    }
   }
   let_next_kernel_start();
-  if (is_last_block(self, Half::kCombineSend, shared.scratch + 1)) announce(self, begun, shared);
+  if (!is_last_block(self, Half::kCombineSend, shared.scratch + 1)) return;
+  if (has_failed(self, begun.epoch)) return lose(self, Half::kCombineSend, begun.epoch);
+  announce(self, begun, shared);
+  if (s.has_weights && thread_index() == 0) {
+    const int32_t* received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);
+    const int64_t num_rows = num_units - load(received + self.rank);
+    add_relaxed_gpu(&self.state->remote_bytes, num_rows * s.reply_bytes);
+  }
+  if (!kHasNetwork || !s.has_outbox) return;
+  wave.begin = wave.outbox_begin;
+  for (;;) {
+    post_replies(p, begun, choices, wave, shared);
+    if (wave.end == num_units) return;
+    // What did not fit follows, by this block alone.
+    sync_block();
+    if (thread_index() == 0) network_quiet();
+    sync_block();
+    wave.begin = wave.outbox_begin = wave.end;
+    wave.end = static_cast<int>(min_of(num_units, wave.begin + s.outbox_rows()));
+    wave.is_first = false;
+    wave.share = Share::of_block();
+    send();
+    sync_block();
+  }
 }
 
 template <bool kMoves, Dtype kDtype>
 void enqueue(const CombineSendParams& params, int num_sms, Stream stream) {
   const Shape& s = params.self.layout.shape;
-  const size_t bytes =
-      (kMoves ? kMoverSharedBytes : 0) + 4 * (static_cast<size_t>(s.num_ranks) + 3);
   // As many cells as can come: how many did is known on the device only.
   const int64_t num_items = int64_t{s.num_ranks} * s.max_num_tokens * num_slices(s.reply_bytes);
   launch(combine_send_kernel<kMoves, kDtype>,
-         LaunchShape{static_cast<int>(min_of(num_items, num_sms)), kThreadsPerBlock, bytes},
+         LaunchShape{static_cast<int>(min_of(num_items, num_sms)),
+                     kThreadsPerBlock,
+                     ReplyShared::num_bytes(kMoves, s.num_ranks)},
          params,
          stream);
 }

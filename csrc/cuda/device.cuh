@@ -18,8 +18,16 @@
 //              bulk_wait_read<N>() (shared memory may be reused, but for the last N groups),
 //              bulk_wait_all() (written, and visible to this thread);
 //              fence_proxy_async() (between ordinary accesses and bulk copies of the same memory)
+// Network      kHasNetwork; to ranks whose memory is not mapped here, addresses being those of the
+// same
+//              place in the own heap: warp_put_signal(dst, to, from, n, signal, word),
+//              warp_put(dst, to, from, n), put_word(dst, to, word): post, and return; a put's
+//              signal waits for its data only; network_fence() (what follows arrives after what
+//              this rank has posted to the same rank), network_quiet() (all has arrived, sources
+//              may be written again)
 // Time         now_ns() relax() wait_for_previous_kernel() let_next_kernel_start()
-// Arithmetic   mul, add, divide: rounded once each, never fused; e4m3x2(lo, hi), saturating
+// Arithmetic   mul, add, divide: rounded once each, never fused; e4m3x2(lo, hi),
+//              saturating, bf16x2(lo, hi), fp16x2(lo, hi); float_of_fp16, bits_of, float_of
 #pragma once
 
 #include <stdint.h>
@@ -40,4 +48,7 @@ constexpr int kWarp = 32;
 #include "simt/device.h"
 #else
 #include "cuda/ptx.cuh"
+#if defined(MOEBIUS_NVSHMEM)
+#include "nvshmem/network.cuh"
+#endif
 #endif

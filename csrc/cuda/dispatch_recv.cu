@@ -103,7 +103,6 @@ MOEBIUS_DEVICE void await_cells(const DispatchRecvParams& p,
       store(shared.first_cell + src + 1, sum);
     }
   }
-  clear_awaiting(self);
   // The bulk loads below read what peers wrote.
   fence_proxy_async();
   sync_block();
@@ -277,7 +276,7 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
   const int chunk = l.num_words * 32;
-  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes};
+  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes, Share::of_grid()};
   for (int begin = 0; begin < num_cells; begin += chunk) {
     const int end = static_cast<int>(min_of(begin + chunk, num_cells));
     mover.rows.chunk_begin = begin;
@@ -350,7 +349,7 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
   const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
-  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes};
+  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes, Share::of_grid()};
   mover.start(num_cells);
   describe_cells(p, begun, num_cells, shared);
   // Rows without a token read as unrouted.
@@ -377,6 +376,7 @@ MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared
   const DispatchRecvParams& p = l.args;
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
+  clear_awaiting(self);
   const bool is_lost = !begun.is_lost && has_failed(self, begun.epoch);
   if (is_lost) lose(self, Half::kDispatchRecv, begun.epoch);
   int32_t* num_received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);

@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "cuda/launchers.h"
+#if !defined(MOEBIUS_SIMT)
+#include "cuda/launch.cuh"
+#endif
 
 namespace moebius::cuda {
 namespace {
@@ -79,6 +82,36 @@ Engine::Engine(const EngineConfig& config, int rank, const std::vector<std::byte
   self_.output_dtype = config.output_dtype;
   self_.scale_format = config.scale_format;
   self_.is_token_major = config.is_token_major;
+  load_kernels();
+}
+
+void Engine::load_kernels() const {
+#if !defined(MOEBIUS_SIMT)  // the host executor has nothing to load
+  const LoadOnly load_only;
+  DispatchSendParams send{};
+  send.self = self_;
+  send.num_tokens = self_.layout.shape.max_num_tokens;
+  send.encoding = Encoding::kCopy;
+  launch_dispatch_send(send, num_sms_, nullptr);
+  send.encoding = Encoding::kQuantise;
+  for (Dtype dtype : {Dtype::kBf16, Dtype::kFp16, Dtype::kFp32}) {
+    if (self_.layout.shape.scale_bytes == 0) break;  // this payload is never quantised
+    send.x_dtype = dtype;
+    launch_dispatch_send(send, num_sms_, nullptr);
+  }
+  DispatchRecvParams receive{};
+  receive.self = self_;
+  launch_dispatch_recv(receive, num_sms_, nullptr);
+  CombineSendParams reply{};
+  reply.self = self_;
+  launch_combine_send(reply, num_sms_, nullptr);
+  CombineRecvParams sum{};
+  sum.self = self_;
+  sum.num_tokens = self_.layout.shape.max_num_tokens;
+  const float any_weight = 0;  // only whether there is one matters here
+  sum.topk_weights = self_.layout.shape.has_weights ? nullptr : &any_weight;
+  launch_combine_recv(sum, num_sms_, nullptr);
+#endif
 }
 
 template <class Params>
@@ -130,7 +163,7 @@ uint64_t Engine::num_rounds() const {
 
 int64_t Engine::remote_bytes() const {
   const DeviceScope scope(device_);
-  return static_cast<int64_t>(read<LocalState>(self_.state).remote_bytes);
+  return read<LocalState>(self_.state).remote_bytes;
 }
 
 std::vector<bool> Engine::dead() const {
@@ -146,7 +179,9 @@ void Engine::mask(int rank, bool is_dead) {
   const DeviceScope scope(device_);
   const uint32_t word = is_dead ? 1 : 0;
   copy(self_.heap + self_.layout.masks + rank * int64_t{sizeof word}, &word, sizeof word);
-  // It looks at its own memory for who has given it up.
+  // It looks at its own memory for who has given it up; a remote one is told by its own masks,
+  // which are set on every rank alike.
+  if (heaps_.at(static_cast<size_t>(rank)) == nullptr) return;
   copy(heaps_.at(static_cast<size_t>(rank)) + self_.layout.refusals + rank_ * int64_t{sizeof word},
        &word,
        sizeof word);
@@ -157,9 +192,9 @@ uint64_t Engine::round_of(const uint64_t* handle) const {
   return read<uint64_t>(handle);
 }
 
-void Engine::synchronize() const {
+void Engine::synchronize(Stream stream) const {
   const DeviceScope scope(device_);
-  cuda::synchronize();
+  cuda::synchronize(stream);
 }
 
 }  // namespace moebius::cuda

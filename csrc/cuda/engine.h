@@ -74,7 +74,8 @@ enum class Outcome : int32_t {
 
 class Engine {
  public:
-  // `heaps[r]`: address of rank r's heap on this device. Throws DeviceError.
+  // `heaps[r]`: address of rank r's heap on this device; null where only the network reaches it.
+  // Throws DeviceError.
   Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps);
 
   // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
@@ -95,7 +96,7 @@ class Engine {
   void mask(int rank, bool is_dead);
   uint64_t round_of(const uint64_t* handle) const;
 
-  void synchronize() const;  // waits for all work of the device
+  void synchronize(Stream stream) const;  // waits for all that was enqueued there
   const HeapLayout& layout() const { return self_.layout; }
 
  private:
@@ -104,7 +105,7 @@ class Engine {
               Stream stream,
               uint64_t capture,
               Params& params);
-  LocalState& state() const;
+  void load_kernels() const;
 
   const int device_;
   const int rank_;

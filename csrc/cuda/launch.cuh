@@ -17,6 +17,18 @@ namespace moebius::cuda {
 // Throws DeviceError.
 void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream);
 
+// While one lives, `launch` on this thread enqueues nothing: it loads the kernel and allows it its
+// shared memory. Otherwise the first launch would do that; it may then wait for the device, and so
+// for kernels that wait for other ranks, and is not always allowed in a capture. Throws DeviceError
+// where the device has not the shared memory.
+class LoadOnly {
+ public:
+  LoadOnly();
+  ~LoadOnly();
+  LoadOnly(const LoadOnly&) = delete;
+  LoadOnly& operator=(const LoadOnly&) = delete;
+};
+
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, Stream stream) {
   void* arguments[] = {const_cast<Params*>(&params)};

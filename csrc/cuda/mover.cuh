@@ -32,8 +32,18 @@ struct MoverShared {
 constexpr size_t kMoverSharedBytes =
     kWarpsPerBlock * (kMoverWarpBytes + kMoverStages * sizeof(Barrier));
 
+// Which warp of how many: of the grid, or of one block.
+struct Share {
+  int first, step;
+
+  MOEBIUS_DEVICE static Share of_grid() {
+    return {warp_index() * num_blocks() + block_index(), kWarpsPerBlock * num_blocks()};
+  }
+  MOEBIUS_DEVICE static Share of_block() { return {warp_index(), kWarpsPerBlock}; }
+};
+
 // Moves rows of `row_bytes` in windows of a stage: items are (row, window), dealt to the warps of
-// the grid in turn. `Rows` says what a row is; the whole warp calls:
+// `share` in turn. `Rows` says what a row is; the whole warp calls:
 //   from(row)   where it lies, or null if it does not move
 //   begin(row)  before its stores
 //   to(n)       its n-th destination, or null past the last
@@ -43,6 +53,7 @@ struct Mover {
   const MoverShared& shared;
   Rows rows;
   int64_t row_bytes;
+  Share share;
   // Carries on from list to list: stages and parities do not start again.
   uint32_t requested = 0;
   uint32_t served = 0;
@@ -62,11 +73,11 @@ struct Mover {
 
   // Finds the next item that moves and asks for it; -1 at the end.
   MOEBIUS_DEVICE int request() {
-    for (; next < num_items; next += kWarpsPerBlock * num_blocks()) {
+    for (; next < num_items; next += share.step) {
       const std::byte* from = rows.from(next / num_windows);
       if (from == nullptr) continue;
       const int found = next;
-      next += kWarpsPerBlock * num_blocks();
+      next += share.step;
       warp_bulk_load(stage_of(requested),
                      from + offset_of(found),
                      bytes_of(found),
@@ -81,7 +92,7 @@ struct Mover {
     static_assert(kMoverStages == 3, "one item is stored while two are on their way");
     num_windows = static_cast<int>((row_bytes + kStageBytes - 1) / kStageBytes);
     num_items = num_rows * num_windows;
-    next = warp_index() * num_blocks() + block_index();
+    next = share.first;
     bulk_wait_read<0>();  // of the list before
     item = request();
     ahead = request();

@@ -30,9 +30,9 @@ struct Numbers {
       if constexpr (kDtype == Dtype::kFp32) {
         v.w[i] = bits_of(f[i]);
       } else if constexpr (kDtype == Dtype::kBf16) {
-        v.w[i] = bf16_of(f[2 * i]) | bf16_of(f[2 * i + 1]) << 16;
+        v.w[i] = bf16x2(f[2 * i], f[2 * i + 1]);
       } else {
-        v.w[i] = fp16_of(f[2 * i]) | fp16_of(f[2 * i + 1]) << 16;
+        v.w[i] = fp16x2(f[2 * i], f[2 * i + 1]);
       }
     }
     return v;

@@ -218,6 +218,18 @@ MOEBIUS_DEVICE void fence_proxy_async() {
   if constexpr (kHasBulk) asm volatile("fence.proxy.async;" ::: "memory");
 }
 
+#if !defined(MOEBIUS_NVSHMEM)
+// Every rank is reached directly: nothing calls these.
+constexpr bool kHasNetwork = false;
+MOEBIUS_DEVICE void warp_put_signal(
+    int, std::byte*, const std::byte*, int64_t, uint64_t*, uint64_t) {}
+MOEBIUS_DEVICE void warp_put(int, std::byte*, const std::byte*, int64_t) {}
+template <class T>
+MOEBIUS_DEVICE void put_word(int, T*, T) {}
+MOEBIUS_DEVICE void network_fence() {}
+MOEBIUS_DEVICE void network_quiet() {}
+#endif
+
 MOEBIUS_DEVICE uint64_t now_ns() {
   uint64_t t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory");
@@ -246,21 +258,21 @@ MOEBIUS_DEVICE uint32_t e4m3x2(float lo, float hi) {
   return packed;
 #endif
 }
-MOEBIUS_DEVICE float float_of_bf16(uint32_t half) { return __uint_as_float(half << 16); }
-MOEBIUS_DEVICE uint32_t bf16_of(float f) {
-  uint16_t h;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-  return h;
+// Two numbers rounded to nearest even, `lo` in the low half.
+MOEBIUS_DEVICE uint32_t bf16x2(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+MOEBIUS_DEVICE uint32_t fp16x2(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
 }
 MOEBIUS_DEVICE float float_of_fp16(uint32_t half) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(static_cast<uint16_t>(half)));
   return f;
-}
-MOEBIUS_DEVICE uint32_t fp16_of(float f) {
-  uint16_t h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-  return h;
 }
 MOEBIUS_DEVICE int popcount(uint32_t u) { return __popc(u); }
 

@@ -27,6 +27,10 @@ MOEBIUS_DEVICE T* in_heap(const Rank& self, int rank, int64_t offset) {
   std::byte* heap = rank == self.rank ? self.heap : load(self.heaps + rank);
   return reinterpret_cast<T*>(heap + offset);
 }
+// Whether a rank's memory is not mapped here: then only the network reaches it.
+MOEBIUS_DEVICE bool is_remote(const Rank& self, int rank) {
+  return kHasNetwork && rank != self.rank && load(self.heaps + rank) == nullptr;
+}
 MOEBIUS_DEVICE Control* control_of(const Rank& self, int rank) {
   return in_heap<Control>(self, rank, self.layout.control);
 }
@@ -36,6 +40,15 @@ MOEBIUS_DEVICE uint64_t* signal_at(const Rank& self, int at, int slot, int src, 
 template <class T>
 MOEBIUS_DEVICE T* in_workspace(const Rank& self, int slot, int64_t what) {
   return in_heap<T>(self, self.rank, self.layout.local(slot, what));
+}
+// Tells rank `dst` a word of round `slot`; what this thread has seen written is published with it.
+MOEBIUS_DEVICE void send_signal(
+    const Rank& self, int dst, int slot, SignalKind kind, uint64_t word) {
+  if (is_remote(self, dst)) {
+    put_word(dst, signal_at(self, self.rank, slot, self.rank, kind), word);
+  } else {
+    store_release_sys(signal_at(self, dst, slot, self.rank, kind), word);
+  }
 }
 MOEBIUS_DEVICE bool is_masked(const Rank& self, int rank) {
   return load(in_heap<const uint32_t>(self, self.rank, self.layout.masks) + rank) != 0;
@@ -96,6 +109,7 @@ MOEBIUS_DEVICE int find_culprit(const Rank& self, int src) {
   int culprit = src;
   const int num_ranks = self.layout.shape.num_ranks;
   for (int hop = 0; hop < num_ranks; ++hop) {
+    if (is_remote(self, culprit)) return culprit;  // what it waits for cannot be seen from here
     const uint64_t word = load_acquire_sys(&control_of(self, culprit)->awaiting);
     if (word == 0) return culprit;
     const int next = static_cast<int>(signal_value(word) / 2);
@@ -115,6 +129,12 @@ constexpr uint64_t kLookNs = 2'000'000;  // between looks at what else could be 
 // one of the rank that it waits for, and one to spare.
 constexpr uint64_t kMostTimeouts = 3;
 
+// Whether a wait of the running kernel has failed, maybe in another block.
+MOEBIUS_DEVICE bool is_given_up(const Rank& self, uint64_t epoch) {
+  const Failure& failure = self.state->failures[self.layout.slot_of(epoch)];
+  return load_relaxed_sys(&failure.claimed) == epoch + 1;
+}
+
 // The only spin of the engine. Returns once the word of `awaited_epoch` is there, and false once it
 // will not come: then round `epoch` is lost.
 MOEBIUS_DEVICE bool poll(const Rank& self,
@@ -128,6 +148,8 @@ MOEBIUS_DEVICE bool poll(const Rank& self,
   // Pairs with [arrived] in the kernels that send: what the signal announces can be read from here.
   *word = load_acquire_sys(awaited);
   if (signal_arrived(*word, awaited_epoch)) return true;
+  // Blocks that run one after the other do not wait for a deadline each.
+  if (is_given_up(self, epoch)) return false;
   const uint64_t timeout = static_cast<uint64_t>(self.timeout_ns);
   const uint64_t start = now_ns();
   const uint64_t look_ns = min_of(static_cast<int64_t>(kLookNs), self.timeout_ns / 4 + 1);
@@ -140,11 +162,10 @@ MOEBIUS_DEVICE bool poll(const Rank& self,
     const uint64_t now = now_ns();
     if (now < next_look && now < deadline) continue;
     next_look = now + look_ns;
-    // For those who wait for us: whom we wait for.
-    if (block_index() == 0) {
-      const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
-      store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
-    }
+    if (is_given_up(self, epoch)) return false;
+    // For those who wait for us: whom we wait for. Any block: the others may not have begun.
+    const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
+    store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
     const int culprit = find_culprit(self, src);
     // The time in which the source is itself held up is not counted against it.
     if (culprit != src) {
@@ -235,12 +256,9 @@ MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
   sync_block();
   for (int dst = thread_index(); dst < self.layout.shape.num_ranks; dst += num_threads()) {
     if (is_masked(self, dst)) continue;
-    if (half == Half::kDispatchSend) {
-      store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kDispatch), word);
-    }
-    if (!is_combined) {
-      store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kCombine), word);
-    }
+    network_fence();  // or the words of rounds before could arrive over these
+    if (half == Half::kDispatchSend) send_signal(self, dst, slot, SignalKind::kDispatch, word);
+    if (!is_combined) send_signal(self, dst, slot, SignalKind::kCombine, word);
   }
   sync_block();
   if (thread_index() != 0) return;
@@ -257,7 +275,12 @@ MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
   fault.waited_ns = load(&noted.waited_ns);
   if (fault.kind == FaultKind::kTimeout && culprit != self.rank) {
     store(in_heap<uint32_t>(self, self.rank, self.layout.masks) + culprit, 1u);
-    store_release_sys(in_heap<uint32_t>(self, culprit, self.layout.refusals) + self.rank, 1u);
+    const int64_t refusal = self.layout.refusal(self.rank);
+    if (is_remote(self, culprit)) {
+      put_word(culprit, in_heap<uint32_t>(self, self.rank, refusal), 1u);
+    } else {
+      store_release_sys(in_heap<uint32_t>(self, culprit, refusal), 1u);
+    }
   }
   record(self, half, fault);
 }
@@ -294,12 +317,11 @@ MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half h
   return begun;
 }
 
-// Block 0, once its waits are over: nobody waits here any more.
+// Last block: nobody waits here any more.
 MOEBIUS_DEVICE void clear_awaiting(const Rank& self) {
-  if (block_index() == 0 && thread_index() == 0) {
-    uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
-    if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
-  }
+  if (thread_index() != 0) return;
+  uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
+  if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
 }
 
 }  // namespace moebius::cuda

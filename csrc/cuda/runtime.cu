@@ -61,17 +61,21 @@ int attribute(cudaDeviceAttr which) {
 std::mutex prepared_mutex;
 std::set<std::pair<const void*, int>> prepared;
 
-// Allows the kernel all the shared memory that a block can have. Once: this is a call to the
-// driver, and is not allowed to be one of a capture.
+// Loads the kernel and allows it all the shared memory that a block can have, once.
 void prepare(const void* kernel) {
   const int device = current_device();
   const std::lock_guard<std::mutex> lock(prepared_mutex);
-  if (!prepared.emplace(kernel, device).second) return;
+  if (prepared.count({kernel, device}) != 0) return;
+  cudaFuncAttributes attributes{};  // to ask for them loads it
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   check(cudaFuncSetAttribute(kernel,
                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(max_shared_bytes())),
+                             static_cast<int>(max_shared_bytes() - attributes.sharedSizeBytes)),
         "cudaFuncSetAttribute");
+  prepared.emplace(kernel, device);
 }
+
+thread_local int num_load_only = 0;
 
 constexpr size_t kPlainSharedBytes = 48 << 10;  // what every kernel may have unasked (CUDA guide)
 constexpr int kMaxDevices = 64;                 // arbitrary, far above what a host holds
@@ -87,7 +91,21 @@ bool can_overlap() {
 
 }  // namespace
 
+LoadOnly::LoadOnly() { ++num_load_only; }
+LoadOnly::~LoadOnly() { --num_load_only; }
+
 void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream) {
+  if (num_load_only > 0) {
+    const size_t most = max_shared_bytes();
+    if (shape.shared_bytes > most) {
+      throw DeviceError("launch",
+                        static_cast<int>(cudaErrorInvalidConfiguration),
+                        "this config needs " + std::to_string(shape.shared_bytes) +
+                            " bytes of shared memory for a block, and this GPU has " +
+                            std::to_string(most) + ": lower max_num_tokens");
+    }
+    return prepare(kernel);
+  }
   if (shape.shared_bytes > kPlainSharedBytes) prepare(kernel);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -156,7 +174,9 @@ int exchange_device(int device) {
   return before;
 }
 
-void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+void synchronize(Stream stream) {
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cudaStreamSynchronize");
+}
 
 uint64_t capture_id(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -36,7 +36,7 @@ size_t max_shared_bytes();  // of one block
 
 int num_devices();
 int exchange_device(int device);  // makes it the current one; returns which was
-void synchronize();               // waits for all work of the device
+void synchronize(Stream stream);  // waits for all that was enqueued there
 // Number of the capture that the stream is part of, never 0; 0 where it is not capturing.
 uint64_t capture_id(Stream stream);
 

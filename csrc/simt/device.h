@@ -177,6 +177,34 @@ inline void bulk_wait_all(simt::Site site = simt::Site::here()) {
 }
 inline void fence_proxy_async() { simt::fence_proxy(); }
 
+constexpr bool kHasNetwork = true;
+inline void warp_put_signal(int dst,
+                            std::byte* to,
+                            const std::byte* from,
+                            int64_t num_bytes,
+                            uint64_t* signal,
+                            uint64_t word,
+                            simt::Site site = simt::Site::here()) {
+  const auto n = static_cast<size_t>(num_bytes);
+  if (lane() == 0) simt::put_signal(dst, to, from, n, signal, word);
+  simt::sync_warp(site);
+}
+inline void warp_put(int dst,
+                     std::byte* to,
+                     const std::byte* from,
+                     int64_t num_bytes,
+                     simt::Site site = simt::Site::here()) {
+  const auto n = static_cast<size_t>(num_bytes);
+  if (lane() == 0) simt::put_signal(dst, to, from, n, nullptr, 0);
+  simt::sync_warp(site);
+}
+inline void put_word(int dst, uint64_t* to, uint64_t word) {
+  simt::put_signal(dst, nullptr, nullptr, 0, to, word);
+}
+inline void put_word(int dst, uint32_t* to, uint32_t word) { simt::put_word32(dst, to, word); }
+inline void network_fence() { simt::network_fence(); }
+inline void network_quiet(simt::Site site = simt::Site::here()) { simt::network_quiet(site); }
+
 inline uint64_t now_ns() { return simt::now_ns(); }
 inline void relax(simt::Site site = simt::Site::here()) { simt::relax(site); }
 inline void wait_for_previous_kernel(simt::Site site = simt::Site::here()) {
@@ -193,10 +221,13 @@ inline float float_of(uint32_t u) { return simt::from_bits(u); }
 inline uint32_t e4m3x2(float lo, float hi) {
   return simt::e4m3_bits(hi) << 8 | simt::e4m3_bits(lo);
 }
-inline float float_of_bf16(uint32_t half) { return simt::from_bits(half << 16); }
-inline uint32_t bf16_of(float f) { return simt::bf16_bits(f); }
+inline uint32_t bf16x2(float lo, float hi) {
+  return simt::bf16_bits(hi) << 16 | simt::bf16_bits(lo);
+}
+inline uint32_t fp16x2(float lo, float hi) {
+  return simt::fp16_bits(hi) << 16 | simt::fp16_bits(lo);
+}
 inline float float_of_fp16(uint32_t half) { return simt::from_fp16(half & 0xffffu); }
-inline uint32_t fp16_of(float f) { return simt::fp16_bits(f); }
 inline int popcount(uint32_t u) { return __builtin_popcount(u); }
 
 }  // namespace moebius::cuda

@@ -103,10 +103,6 @@ void jump(Context& from, Context& to) {
 
 }  // namespace
 
-StackPool::~StackPool() {
-  for (std::byte* slab : slabs_) munmap(slab, kSlabStacks * kSpacing);
-}
-
 std::byte* StackPool::take() {
   if (free_.empty()) {
     void* slab = mmap(nullptr,
@@ -116,9 +112,8 @@ std::byte* StackPool::take() {
                       -1,
                       0);
     if (slab == MAP_FAILED) throw std::bad_alloc();
-    slabs_.push_back(static_cast<std::byte*>(slab));
     for (size_t i = kSlabStacks; i-- > 0;) {
-      std::byte* const guard = slabs_.back() + i * kSpacing;
+      std::byte* const guard = static_cast<std::byte*>(slab) + i * kSpacing;
       mprotect(guard, kGuardBytes, PROT_NONE);
       free_.push_back(guard + kGuardBytes);
     }

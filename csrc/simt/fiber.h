@@ -26,18 +26,16 @@ struct Context {
   void* fake = nullptr;
 };
 
-// Stacks with a guard page below each, kept for reuse.
+// Stacks with a guard page below each, kept for reuse as long as the process lives.
 class StackPool {
  public:
   static constexpr size_t kStackBytes = 128 << 10;
 
-  ~StackPool();
   std::byte* take();
   void give(std::byte* stack) { free_.push_back(stack); }
 
  private:
   std::vector<std::byte*> free_;
-  std::vector<std::byte*> slabs_;
 };
 
 // Makes `fiber` a context that runs `entry`, which must not return, on `stack`.

@@ -54,7 +54,8 @@ struct Thread {
   Block* block = nullptr;
   int index = 0, lane = 0, warp = 0;
   uint64_t id = 0;
-  int budget = 0;  // operations until others get a turn
+  int budget = 0;     // operations until others get a turn
+  int num_turns = 0;  // that ended so, since it last waited
   Wait wait = Wait::kNone;
   Site site;
   const void* awaited = nullptr;

@@ -121,7 +121,7 @@ uint64_t now_ns() {
   return world().now_ns();
 }
 
-void relax(const Site& site) { world().yield(*current, true, site); }
+void relax(const Site& site) { world().relax(*current, site); }
 
 void wait_for_previous_kernel(const Site& site) {
   touch();

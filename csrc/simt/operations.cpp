@@ -27,7 +27,7 @@ void remember(Thread& by, RecordRef ref) {
 
 }  // namespace
 
-void preempt() { world().yield(*current, false, {}); }
+void preempt() { world().preempt(*current); }
 
 void check_access(const void* p, size_t n, bool is_gpu_atomic) {
   Thread& by = *current;
@@ -203,7 +203,7 @@ void begin_update(void* p, size_t n, Order order, Scope scope) {
 void end_update(void* p, size_t n, const void* data, Order order, Scope scope) {
   World& w = world();
   Thread& by = *current;
-  w.made_progress();
+  if (memcmp(p, data, n) != 0) w.made_progress();
   const Release* release = w.memory().newest_release(p, n);
   if (order != Order::kRelaxed) {
     release = publish(by, scope == Scope::kSys, release);

@@ -58,6 +58,12 @@ void bulk_store(void* global, const void* shared, uint32_t num_bytes);
 void bulk_commit();
 void bulk_wait(int most_pending, bool is_for_writes, const Site& site);
 
+void put_signal(
+    int dst, void* to, const void* from, size_t num_bytes, uint64_t* signal, uint64_t word);
+void put_word32(int dst, uint32_t* to, uint32_t word);
+void network_fence();
+void network_quiet(const Site& site);
+
 uint64_t now_ns();
 void relax(const Site& site);
 void wait_for_previous_kernel(const Site& site);

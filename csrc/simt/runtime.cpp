@@ -51,7 +51,9 @@ size_t max_shared_bytes() { return simt::World::process().options().max_shared_b
 int num_devices() { return 1; }
 int exchange_device(int /*device*/) { return 0; }
 
-void synchronize() { simt::World::process().run_until_idle(); }
+void synchronize(Stream stream) {
+  simt::World::process().synchronize(static_cast<const simt::Stream*>(stream));
+}
 
 uint64_t capture_id(Stream stream) {
   const auto* const s = static_cast<const simt::Stream*>(stream);

@@ -14,6 +14,8 @@ Thread* current = nullptr;
 namespace {
 
 constexpr int kActive = 0, kPolling = 1;
+constexpr int kLongBudget = 1 << 14;  // operations; who needs more polls, and does not say so
+constexpr int kLongTurns = 200;
 
 int64_t real_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -36,10 +38,17 @@ void thread_main() {
 }  // namespace
 
 void World::configure() {
-  if (options_.num_ranks < 1 || options_.num_ranks > kMaxRanks) {
-    throw Error("at most " + std::to_string(kMaxRanks) + " ranks");
-  }
   random_.reseed(options_.seed);
+  // A schedule is its seed's alone, whatever ran before.
+  now_ns_ = 1000000;
+  next_id_ = 1;
+  num_calls_ = idle_since_call_ = 0;
+  idle_since_ns_ = -1;
+  next_jump_ns_ = 1000;
+  idle_ns_ = 0;
+  poller_ = num_polled_ = 0;
+  is_quiet_ = false;
+  counters_ = {};
   constexpr int kPreempt[] = {0, 300, 60, 16};
   constexpr int kBulkRate[] = {1, 4, 16, 60};
   const bool is_seeded = options_.seed != 0;
@@ -77,17 +86,30 @@ void World::block_thread(Thread& thread, Wait wait, const Site& site, const void
   thread.wait = wait;
   thread.site = site;
   thread.awaited = awaited;
+  thread.num_turns = 0;
   warp_of(thread).ready &= ~(1u << thread.lane);
   is_quiet_ = false;
   leave(thread.context, scheduler_, false);
 }
 
-void World::yield(Thread& thread, bool is_relaxing, const Site& site) {
-  if (is_relaxing) {
-    thread.wait = Wait::kRelax;
-    thread.site = site;
-    warp_of(thread).relaxing |= 1u << thread.lane;
+void World::preempt(Thread& thread) {
+  if (thread.num_turns < kLongTurns) {
+    thread.num_turns += preempt_mean_ == 0 ? kLongTurns : 1;
+    leave(thread.context, scheduler_, false);
+  } else {
+    poll_again(thread, {"", "it does not call relax", 0});
   }
+}
+
+void World::relax(Thread& thread, const Site& site) {
+  thread.num_turns = 0;
+  poll_again(thread, site);
+}
+
+void World::poll_again(Thread& thread, const Site& site) {
+  thread.wait = Wait::kRelax;
+  thread.site = site;
+  warp_of(thread).relaxing |= 1u << thread.lane;
   leave(thread.context, scheduler_, false);
 }
 
@@ -98,10 +120,15 @@ void World::wake(Thread& thread) {
   reclassify(warp);
 }
 
-void World::fail(const std::string& what) {
-  record_failure(name_of(*current) + ": " + what);
+// Leaves nothing on the heap that only the stack it gives up knows of.
+void World::fail(std::string what) {
+  record_failure_of_current(std::move(what));
   leave(current->context, scheduler_, false);
   std::abort();  // what failed is never entered again
+}
+
+void World::record_failure_of_current(std::string what) {
+  record_failure(name_of(*current) + ": " + what);
 }
 
 void World::record_failure(const std::string& what) {
@@ -109,10 +136,13 @@ void World::record_failure(const std::string& what) {
 }
 
 void World::resume(Thread& thread) {
-  thread.budget =
-      preempt_mean_ == 0
-          ? 1 << 30
-          : 1 + static_cast<int>(random_.below(2 * static_cast<uint32_t>(preempt_mean_)));
+  if (thread.num_turns >= kLongTurns) {
+    thread.budget = 20;
+  } else if (preempt_mean_ == 0) {
+    thread.budget = kLongBudget;
+  } else {
+    thread.budget = 1 + static_cast<int>(random_.below(2 * static_cast<uint32_t>(preempt_mean_)));
+  }
   memory_.advance();
   now_ns_ += 5 + (counters_.num_switches & 15);
   ++counters_.num_switches;
@@ -145,11 +175,19 @@ bool World::is_slow(const Block& block) const {
   return block.launch->rank == slow_rank_ || (slow_blocks_ != 0 && block.id % slow_blocks_ == 0);
 }
 
+void World::do_copy() {
+  if (bulk_.is_empty() || (!network_.is_empty() && options_.seed != 0 && random_.one_in(2))) {
+    network_.do_one(random_);
+  } else {
+    bulk_.do_one(random_);
+  }
+}
+
 World::Outcome World::step() {
   const bool is_seeded = options_.seed != 0;
   if (is_seeded) {
-    if (!bulk_.is_empty() && random_.one_in(static_cast<uint32_t>(bulk_rate_))) {
-      bulk_.do_one(random_);
+    if (has_copies() && random_.one_in(static_cast<uint32_t>(bulk_rate_))) {
+      do_copy();
       if (has_failed()) return Outcome::kWorked;
     }
     if (random_.one_in(8)) start_something();
@@ -158,8 +196,8 @@ World::Outcome World::step() {
   std::vector<Warp*>& polling = lists_[kPolling];
   if (active.empty()) {
     if (start_something()) return Outcome::kWorked;
-    if (!bulk_.is_empty()) {
-      bulk_.do_one(random_);
+    if (has_copies()) {
+      do_copy();
       return Outcome::kWorked;
     }
     if (!polling.empty()) return poll();
@@ -179,8 +217,8 @@ World::Outcome World::step() {
     }
     if (is_slow(*warp->block) && !random_.one_in(32)) {
       // Only such are left: first all that others may be waiting for.
-      if (!bulk_.is_empty()) {
-        bulk_.do_one(random_);
+      if (has_copies()) {
+        do_copy();
         return Outcome::kWorked;
       }
       if (start_something()) return Outcome::kWorked;
@@ -224,9 +262,15 @@ World::Outcome World::poll() {
   }
   now_ns_ += static_cast<uint64_t>(next_jump_ns_);
   idle_ns_ += next_jump_ns_;
-  next_jump_ns_ *= 2;
+  next_jump_ns_ = std::min(2 * next_jump_ns_, options_.longest_jump_ns);
   ++counters_.num_idle_jumps;
   return Outcome::kWorked;
+}
+
+// Of all worlds, with their stacks, as long as the process lives.
+std::vector<std::unique_ptr<Thread>>& World::free_threads() {
+  static auto& list = *new std::vector<std::unique_ptr<Thread>>;
+  return list;
 }
 
 Block* World::take_block() {
@@ -253,12 +297,13 @@ bool World::start_block(Launch& launch) {
   block->barriers.clear();
   block->warps.resize(static_cast<size_t>(block->num_warps));
   for (int i = 0; i < shape.num_threads; ++i) {
-    if (free_threads_.empty()) {
-      free_threads_.push_back(std::make_unique<Thread>());
-      free_threads_.back()->stack = stacks_.take();
+    if (free_threads().empty()) {
+      static StackPool& stacks = *new StackPool;
+      free_threads().push_back(std::make_unique<Thread>());
+      free_threads().back()->stack = stacks.take();
     }
-    block->threads.push_back(std::move(free_threads_.back()));
-    free_threads_.pop_back();
+    block->threads.push_back(std::move(free_threads().back()));
+    free_threads().pop_back();
     Thread& t = *block->threads.back();
     t.block = block;
     t.index = i;
@@ -268,6 +313,7 @@ bool World::start_block(Launch& launch) {
     t.wait = Wait::kNone;
     t.is_done = false;
     t.seen = t.proxied = launch.start;
+    t.num_turns = 0;
     t.num_stores = t.num_fenced = 0;
     t.unsynced.clear();
     t.unfenced.clear();
@@ -329,7 +375,7 @@ void World::retire(Block& block) {
   blocks_.erase(std::find(blocks_.begin(), blocks_.end(), &block));
   memory_.settle(block.shared, launch.shape().shared_bytes);
   free_shared().push_back(block.shared);
-  for (auto& t : block.threads) free_threads_.push_back(std::move(t));
+  for (auto& t : block.threads) free_threads().push_back(std::move(t));
   block.threads.clear();
   free_blocks_.emplace_back(&block);
   ++launch.num_ended;
@@ -348,15 +394,20 @@ void World::stop_all() {
   lists_[1].clear();
   starting_.clear();
   bulk_.clear();
+  network_.clear();
   for (Block* block : blocks_) {
-    for (auto& t : block->threads) free_threads_.push_back(std::move(t));
+    for (auto& t : block->threads) free_threads().push_back(std::move(t));
     block->threads.clear();
     free_shared().push_back(block->shared);
     free_blocks_.emplace_back(block);
   }
   blocks_.clear();
   running_.clear();
-  for (auto& s : streams_) s->launches.clear();
+  for (auto& s : streams_) {
+    s->launches.clear();
+    s->is_capturing = false;
+    s->captured.clear();
+  }
   for (auto& known : known_to_rank_) known.clear();
   memory_.clear();
   failure_.clear();

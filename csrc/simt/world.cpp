@@ -23,10 +23,11 @@ class Hold {
  public:
   Hold() { take(); }
   ~Hold() { mutex.unlock(); }
+  static bool is_awaited() { return num_waiting.load(std::memory_order_relaxed) != 0; }
   void give_others_a_turn() {
-    if (num_waiting.load(std::memory_order_relaxed) == 0) return;
+    if (!is_awaited()) return;
     mutex.unlock();
-    for (int i = 0; i < 100 && num_waiting.load(std::memory_order_relaxed) != 0; ++i) sched_yield();
+    for (int i = 0; i < 100 && is_awaited(); ++i) sched_yield();
     take();
   }
   void sleep_us(int64_t us) {
@@ -45,6 +46,18 @@ class Hold {
 };
 
 constexpr size_t kSharedSpacing = 256 << 10;
+constexpr int kSlice = 256;  // steps
+
+void check(const Options& options) {
+  if (options.num_ranks < 1 || options.num_ranks > kMaxRanks) {
+    throw Error("a world has 1 to " + std::to_string(kMaxRanks) + " ranks (got " +
+                std::to_string(options.num_ranks) + ")");
+  }
+  if (options.max_shared_bytes > kSharedSpacing) {
+    throw Error("a block has at most " + std::to_string(kSharedSpacing) +
+                " bytes of shared memory (got " + std::to_string(options.max_shared_bytes) + ")");
+  }
+}
 
 }  // namespace
 
@@ -79,7 +92,10 @@ std::byte* World::take_shared() {
   return shared;
 }
 
-World::World(const Options& options) : options_(options), bulk_(*this) { configure(); }
+World::World(const Options& options) : options_(options), bulk_(*this), network_(*this) {
+  check(options);
+  configure();
+}
 
 World::~World() {
   Hold hold;
@@ -93,6 +109,7 @@ World& World::process() {
 
 void World::reset(const Options& options) {
   Hold hold;
+  check(options);
   stop_all();
   options_ = options;
   configure();
@@ -112,7 +129,7 @@ Stream* World::new_stream(int rank) {
 }
 
 void World::free_stream(Stream* stream) {
-  synchronize(stream);
+  if (!has_failed()) synchronize(stream);
   Hold hold;
   streams_.erase(std::find_if(
       streams_.begin(), streams_.end(), [&](const auto& s) { return s.get() == stream; }));
@@ -271,7 +288,10 @@ void World::synchronize(const Stream* stream) {
     if (has_failed()) throw Error(failure_);
     if (stream != nullptr ? stream->launches.empty() : running_.empty()) break;
     Outcome outcome = Outcome::kWorked;
-    for (int i = 0; i < 256 && outcome == Outcome::kWorked && !has_failed(); ++i) outcome = step();
+    for (int i = 0; i < kSlice && outcome == Outcome::kWorked && !has_failed(); ++i) {
+      outcome = step();
+      if (hold.is_awaited()) break;
+    }
     if (outcome == Outcome::kWaiting) {
       hold.sleep_us(100);
     } else {
@@ -282,7 +302,22 @@ void World::synchronize(const Stream* stream) {
     for (auto& known : known_to_rank_) known.clear();
     memory_.clear();
   } else if (stream != nullptr) {
-    host_.merge(stream->end, memory_.num_ranks(), 0);
+    // The host has seen what the stream did: whoever is launched from now on may rely on it.
+    const uint32_t stamp = memory_.stamp();
+    std::vector<RecordRef>& known = known_to_rank_[stream->rank];
+    size_t kept = 0;
+    for (const RecordRef ref : known) {
+      Record* const r = memory_.find(ref);
+      if (r == nullptr) continue;
+      if (r->rank_stamp <= stream->end.rank) {
+        r->sys_stamp = stamp;
+      } else {
+        known[kept++] = ref;
+      }
+    }
+    known.resize(kept);
+    host_.merge_ranks(stream->end, memory_.num_ranks());
+    host_.ranks[stream->rank] = stamp;
   }
 }
 

@@ -15,6 +15,7 @@
 #include "simt/bulk.h"
 #include "simt/machine.h"
 #include "simt/memory.h"
+#include "simt/network.h"
 #include "simt/random.h"
 
 namespace moebius::simt {
@@ -34,6 +35,9 @@ struct Options {
   bool is_bounds_checked = false;  // global memory is what was registered, nothing else
   int64_t patience_us = 0;  // of real time, before virtual time is let go on: others may yet launch
   int64_t most_idle_ns = 4ll * 3600 * 1000000000;  // virtual, after which polling is a deadlock
+  // Virtual time jumps no further at once while nothing but polling happens: finer than any
+  // deadline that a delayed thread is to keep.
+  int64_t longest_jump_ns = 4ll * 3600 * 1000000000;
   int num_multiprocessors = 4;
   size_t max_shared_bytes = 227 << 10;
 };
@@ -78,15 +82,17 @@ class World {
   // For the functions of the device.
   Memory& memory() { return memory_; }
   BulkCopies& bulk() { return bulk_; }
+  Network& network() { return network_; }
   Random& random() { return random_; }
   // Stores that a rank's threads can know and those of other ranks cannot.
   std::vector<RecordRef>& known_to_rank(int rank) { return known_to_rank_[rank]; }
   void check_global(const Thread& by, const void* p, size_t n, bool is_gpu_atomic);
-  [[noreturn]] void fail(const std::string& what);  // on a fiber
-  void record_failure(const std::string& what);     // elsewhere
+  [[noreturn]] void fail(std::string what);      // on a fiber
+  void record_failure(const std::string& what);  // elsewhere
   bool has_failed() const { return !failure_.empty(); }
   void block_thread(Thread& thread, Wait wait, const Site& site, const void* awaited);
-  void yield(Thread& thread, bool is_relaxing, const Site& site);
+  void preempt(Thread& thread);
+  void relax(Thread& thread, const Site& site);
   void wake(Thread& thread);
   void made_progress() { is_quiet_ = false; }
   void let_next_start(Block& block);
@@ -103,7 +109,11 @@ class World {
 
   Outcome step();
   Outcome poll();  // only pollers are left
+  void record_failure_of_current(std::string what);
+  void poll_again(Thread& thread, const Site& site);
   bool start_something();
+  bool has_copies() const { return !bulk_.is_empty() || !network_.is_empty(); }
+  void do_copy();  // one step of one under way
   bool start_block(Launch& launch);
   void start_launches();
   bool may_start(const Stream& stream, size_t i);
@@ -118,12 +128,13 @@ class World {
   Block* take_block();
   static std::byte* take_shared();
   static std::vector<std::byte*>& free_shared();
+  static std::vector<std::unique_ptr<Thread>>& free_threads();
 
   Options options_;
   Random random_;
   Memory memory_;
   BulkCopies bulk_;
-  StackPool stacks_;
+  Network network_;
   Context scheduler_;
   std::string failure_;
 
@@ -132,7 +143,6 @@ class World {
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<Block*> blocks_;  // resident
   std::vector<std::unique_ptr<Block>> free_blocks_;
-  std::vector<std::unique_ptr<Thread>> free_threads_;
   std::vector<Launch*> starting_;  // blocks are yet to start
   std::vector<Warp*> lists_[2];    // that can run; that only poll
   std::vector<std::shared_ptr<Launch>> running_;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebius.reference import RankInput, dequantize_fp8
-from tests.helpers.rounds import Halves, RankRound, Result, copied, dispatch_arguments
+from tests.helpers.rounds import Halves, RankRound, Result, copied, dispatch_arguments, on
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -56,16 +56,16 @@ def computed(a2a: AllToAll, batches: Sequence[RankInput]) -> Generator[None, Non
     """Rounds whose experts compute from the token alone: what comes back depends on the token and its experts."""
     combined = []
     for inputs in batches:
-        pending = a2a.dispatch_send(**dispatch_arguments(a2a.config, inputs))
+        pending = a2a.dispatch_send(**dispatch_arguments(a2a.config, inputs, a2a.device))
         yield
         recv = pending.receive()
         a2a.synchronize()
-        weights = inputs.topk_weights if a2a.config.weights_at == "combine" else None
+        weights = on(a2a.device, inputs.topk_weights) if a2a.config.weights_at == "combine" else None
         replies = a2a.combine_send(experts(a2a, recv), recv, weights)
         yield
         home = replies.receive()
         a2a.synchronize()
-        combined.append(home.clone())
+        combined.append(home.cpu().clone())
     return combined
 
 
@@ -76,12 +76,12 @@ def experts(a2a: AllToAll, recv: Dispatched) -> Tensor:
     if recv.topk_ids is not None:
         assert recv.topk_weights is not None
         chosen = torch.where(recv.topk_ids >= 0, recv.topk_weights, 0.0)
-        factor = torch.zeros(rows.shape[0], 1)
+        factor = torch.zeros(rows.shape[0], 1, device=rows.device)
         for k in range(chosen.shape[1]):
             factor = factor + chosen[:, k, None] * (recv.topk_ids[:, k, None] + 1)
         return (rows * factor).to(output)
     first = a2a.rank * rows.shape[0]
-    factor = torch.arange(first + 1, first + 1 + rows.shape[0])[:, None, None] / 7
+    factor = torch.arange(first + 1, first + 1 + rows.shape[0], device=rows.device)[:, None, None] / 7
     return (rows * factor + rows.abs()).to(output)
 
 
@@ -135,15 +135,17 @@ class Into(Halves):
         rows = (config.num_local_experts(self._a2a.num_ranks), self._a2a.num_ranks * config.max_num_tokens)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "opaque": torch.uint8}
         width = config.payload_bytes if config.payload == "opaque" else config.hidden
-        self.out = torch.empty(*rows, width, dtype=dtype.get(config.payload, torch.float8_e4m3fn))
+        device = self._a2a.device
+        self.out = torch.empty(*rows, width, dtype=dtype.get(config.payload, torch.float8_e4m3fn), device=device)
         self.out.view(torch.uint8).fill_(0xA5)
         if config.payload == "fp8_e4m3":
             packed = config.scale_format == "ue8m0"
             groups = config.hidden // (512 if packed else 128)
-            self.out_scales = torch.empty(rows[0], groups, rows[1], dtype=torch.int32 if packed else torch.float32)
+            of = torch.int32 if packed else torch.float32
+            self.out_scales = torch.empty(rows[0], groups, rows[1], dtype=of, device=device)
             return {"out": self.out, "out_scales": self.out_scales.transpose(1, 2)}
         if config.payload == "opaque" and config.scale_bytes:
-            self.out_scales = torch.empty(*rows, config.scale_bytes, dtype=torch.uint8)
+            self.out_scales = torch.empty(*rows, config.scale_bytes, dtype=torch.uint8, device=device)
             return {"out": self.out, "out_scales": self.out_scales}
         return {"out": self.out}
 
@@ -155,10 +157,11 @@ class Into(Halves):
 
     def combine_send(self, number: int) -> None:
         round_ = self._rounds[number]
-        weights = round_.inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
-        tokens = round_.inputs.num_tokens
-        self.home = torch.full((tokens, self._a2a.config.hidden), 7.0, dtype=round_.expert_out.dtype)
-        self._combines[number] = self._a2a.combine_send(round_.expert_out, self.live[number], weights, out=self.home)
+        shape, device = (round_.inputs.num_tokens, self._a2a.config.hidden), self._a2a.device
+        self.home = torch.full(shape, 7.0, dtype=round_.expert_out.dtype, device=device)
+        self._combines[number] = self._a2a.combine_send(
+            self.expert_out(number), self.live[number], self.late_weights(number), out=self.home
+        )
 
     def combine_receive(self, number: int) -> None:
         super().combine_receive(number)
@@ -173,20 +176,21 @@ def measured(
 ) -> Generator[None, None, tuple[Result, Tensor, Tensor, Tensor]]:
     """Rounds that add up statistics: tokens of each expert, and what dispatch and combine waited for each rank."""
     halves = Halves(a2a, rounds)
-    stats = torch.ones(a2a.config.num_local_experts(a2a.num_ranks), dtype=dtype)
-    waits = [torch.zeros(a2a.num_ranks, dtype=torch.int64) for _ in range(2)]
+    stats = torch.ones(a2a.config.num_local_experts(a2a.num_ranks), dtype=dtype, device=a2a.device)
+    waits = [torch.zeros(a2a.num_ranks, dtype=torch.int64, device=a2a.device) for _ in range(2)]
     for number, round_ in enumerate(rounds):
-        arguments = dispatch_arguments(a2a.config, round_.inputs)
+        arguments = dispatch_arguments(a2a.config, round_.inputs, a2a.device)
         pending = a2a.dispatch_send(**arguments, expert_stats=stats, wait_stats=waits[0])
         yield
         halves.live[number] = pending.receive()
         pending.receive()  # again: the same result, counted once
         a2a.synchronize()
         halves.received[number] = copied(halves.live[number])
-        weights = round_.inputs.topk_weights if a2a.config.weights_at == "combine" else None
-        replies = a2a.combine_send(round_.expert_out, halves.live[number], weights, wait_stats=waits[1])
+        replies = a2a.combine_send(
+            halves.expert_out(number), halves.live[number], halves.late_weights(number), wait_stats=waits[1]
+        )
         yield
         home = replies.receive()
         a2a.synchronize()
-        halves.combined[number] = home.clone()
-    return Result.of(halves), stats, waits[0], waits[1]
+        halves.combined[number] = home.cpu().clone()
+    return Result.of(halves), stats.cpu(), waits[0].cpu(), waits[1].cpu()

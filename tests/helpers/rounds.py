@@ -94,17 +94,32 @@ def copied(recv: Dispatched) -> Received:
     )
 
 
-def dispatch_arguments(config: Config, inputs: RankInput) -> dict[str, Any]:
-    """How a rank's input is passed to dispatch."""
+def dispatch_arguments(config: Config, inputs: RankInput, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """How a rank's input is passed to dispatch, on the engine's device."""
     weights = inputs.topk_weights if config.weights_at == "dispatch" else None
     valid = inputs.num_valid_tokens
-    return {
+    tensors = {
         "x": inputs.x,
         "topk_ids": inputs.topk_ids,
         "topk_weights": weights,
         "scales": inputs.scales,
         "num_valid_tokens": None if valid is None else torch.tensor([valid], dtype=torch.int32),
     }
+    return {name: on(device, tensor) for name, tensor in tensors.items()}
+
+
+def on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
+    """The tensor there, its strides kept."""
+    if tensor is None or tensor.device == torch.device(device):
+        return tensor
+    if tensor.is_contiguous():
+        return tensor.to(device)
+    wide = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    # Some dtypes have no copy with strides; their bytes have.
+    if tensor.stride(-1) == 1:
+        wide.view(torch.uint8).copy_(tensor.view(torch.uint8))
+        return wide
+    return wide.copy_(tensor)
 
 
 class Halves:
@@ -130,7 +145,9 @@ class Halves:
         return self._rounds[number].inputs
 
     def expert_out(self, number: int) -> Tensor:
-        return self._rounds[number].expert_out
+        expert_out = on(self._a2a.device, self._rounds[number].expert_out)
+        assert expert_out is not None
+        return expert_out
 
     def dispatch_send(self, number: int) -> None:
         overwritten = number - self._a2a.config.depth
@@ -140,7 +157,8 @@ class Halves:
         self._dispatches[number] = self._send(number)
 
     def _send(self, number: int, **more: Any) -> PendingDispatch:
-        return self._a2a.dispatch_send(**dispatch_arguments(self._a2a.config, self.inputs(number)), **more)
+        arguments = dispatch_arguments(self._a2a.config, self.inputs(number), self._a2a.device)
+        return self._a2a.dispatch_send(**arguments, **more)
 
     def dispatch_receive(self, number: int) -> None:
         self.live[number] = self._dispatches[number].receive()
@@ -149,27 +167,29 @@ class Halves:
 
     def dispatch(self, number: int) -> None:
         """Both halves in one call."""
-        self.live[number] = self._a2a.dispatch(**dispatch_arguments(self._a2a.config, self.inputs(number)))
+        arguments = dispatch_arguments(self._a2a.config, self.inputs(number), self._a2a.device)
+        self.live[number] = self._a2a.dispatch(**arguments)
         self._a2a.synchronize()
         self.received[number] = copied(self.live[number])
 
     def combine(self, number: int) -> None:
         """Both halves in one call."""
-        combined = self._a2a.combine(self.expert_out(number), self.live[number], self._late_weights(number))
+        combined = self._a2a.combine(self.expert_out(number), self.live[number], self.late_weights(number))
         self._a2a.synchronize()
         self.combined[number] = combined.cpu().clone()
 
     def combine_send(self, number: int) -> None:
         self._keep(number)
-        weights = self._late_weights(number)
+        weights = self.late_weights(number)
         self._combines[number] = self._a2a.combine_send(self.expert_out(number), self.live[number], weights)
 
     def _keep(self, number: int) -> None:
         if number in self.live:
             self.kept[number] = copied(self.live[number])
 
-    def _late_weights(self, number: int) -> Tensor | None:
-        return self._rounds[number].inputs.topk_weights if self._a2a.config.weights_at == "combine" else None
+    def late_weights(self, number: int) -> Tensor | None:
+        weights = self._rounds[number].inputs.topk_weights
+        return on(self._a2a.device, weights) if self._a2a.config.weights_at == "combine" else None
 
     def combine_receive(self, number: int) -> None:
         combined = self._combines[number].receive()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from moebius import Config
     from moebius.group import VirtualRank
+    from moebius.rounds import Round
+    from moebius.slots import SlotBuffers
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
@@ -124,6 +126,22 @@ class Keeping(Arguments):
         return super().expert_out(expert_out)
 
 
+class KeepingEngine(CudaEngine):
+    """Keeps what captured rounds hold: torch frees memory of the host at once, where a graph's would stay."""
+
+    def send_dispatch(self, sent: tuple[int, ...], num_tokens: int) -> Round:
+        begun = super().send_dispatch(sent, num_tokens)
+        if begun.capture:
+            vars(self).setdefault("kept", []).append(begun)
+        return begun
+
+    def receive_dispatch(self, begun: Round, given: Any, stats: tuple[int, bool, int]) -> SlotBuffers:
+        buffers = super().receive_dispatch(begun, given, stats)
+        if begun.capture:
+            vars(self).setdefault("kept", []).append(buffers)
+        return buffers
+
+
 class SimtAllToAll(AllToAll):
     """`AllToAll` of a virtual rank, its kernels run by the host executor on a stream of its own.
 
@@ -134,6 +152,7 @@ class SimtAllToAll(AllToAll):
     """
 
     num_sms: int = 2  # of the executor's few
+    per_node: int | None = None  # ranks that reach each other directly; None: all
     stream: int
 
     def __init__(self, group: VirtualRank, config: Config, num_sms: int | None = None) -> None:
@@ -148,25 +167,34 @@ class SimtAllToAll(AllToAll):
         finally:
             self._keeping.kept.clear()
 
+    def _receive_combine(self, begun: Round, *rest: Any) -> Tensor:
+        home = super()._receive_combine(begun, *rest)
+        (vars(self._engine).setdefault("kept", []) if begun.capture else self._keeping.kept).append(home)
+        return home
+
     def _make_engine(  # type: ignore[override]
         self, group: VirtualRank, config: Config, device: Any, num_sms: int | None
     ) -> engines.Engine:
         simt = extension()
         rank, num_ranks = rank_and_size(group)
-        num_bytes = native.core().HeapLayout(shape_of(config, num_ranks)).total
+        per_node = self.per_node or num_ranks
+        shape = shape_of(config, num_ranks, has_outbox=per_node < num_ranks)
+        num_bytes = native.core().HeapLayout(shape).total
 
         def make() -> list[Any]:
             heaps = [simt.Memory(0, num_bytes) for _ in range(num_ranks)]
             for owner, heap in enumerate(heaps):
                 simt.register_memory(owner, heap.address, num_bytes)
+                simt.register_symmetric(owner, heap.address, num_bytes)
             return heaps
 
         heaps = group.share(repr(config), make)
         self.stream = simt.new_stream(rank)
         place = Place(-1, ALIGNMENT, reads_late=True)
         machine = Machine(simt, torch.device("cpu"), 0, place, lambda: self.stream)
-        memory = SymmetricMemory(rank, [heap.address for heap in heaps], num_bytes, "virtual", heaps)
-        return CudaEngine(config, machine, memory, num_sms or self.num_sms)
+        addresses = [heap.address if peer // per_node == rank // per_node else 0 for peer, heap in enumerate(heaps)]
+        memory = SymmetricMemory(rank, addresses, num_bytes, "virtual", heaps)
+        return KeepingEngine(config, machine, memory, num_sms or self.num_sms)
 
     def begin_capture(self) -> None:
         """Halves from now on are recorded, not run."""
@@ -175,3 +203,8 @@ class SimtAllToAll(AllToAll):
     def end_capture(self) -> Any:
         """What was recorded; `replay(stream)` runs it."""
         return extension().end_capture(self.stream)
+
+
+def in_nodes_of(per_node: int) -> type[SimtAllToAll]:
+    """An `AllToAll` whose rank reaches those of its node directly, and the others over the executor's network."""
+    return type(f"SimtAllToAllInNodesOf{per_node}", (SimtAllToAll,), {"per_node": per_node})

@@ -1,8 +1,9 @@
-"""The host executor of the kernels: small kernels, right and with mistakes planted, over many seeds."""
+"""The host executor of the kernels: small kernels, right and with mistakes planted, and rounds of the project's own."""
 
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,34 +11,67 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/simt"
 EXECUTOR = sorted((ROOT / "csrc/simt").glob("*.cpp"))
-FLAGS = ["-std=c++17", "-g", "-ffp-contract=off", "-pthread", "-DMOEBIUS_SIMT", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
-OPTIMISED = ["-O2"]
-SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ENGINE = [ROOT / "csrc/cuda/engine.cpp", *sorted((ROOT / "csrc/cuda").glob("*_send.cu"))]
+ENGINE += sorted((ROOT / "csrc/cuda").glob("*_recv.cu"))
+FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", "-pthread", "-DMOEBIUS_SIMT", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+OPTIONS = {
+    "O2": ["-O2"],
+    "asan-ubsan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "ucontext": ["-O1", "-DMOEBIUS_SIMT_UCONTEXT"],
+}
 
 
-def build(program: Path, sources: list[Path], options: list[str]) -> Path:
+class Builds:
+    """Compiles each file once for each set of options."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def program(self, name: str, options: str) -> Path:
+        own = sorted(HERE.glob(f"{name}*.cpp")) + (ENGINE if name == "rounds" else [])
+        program = self.folder / f"{name}-{options}"
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            objects = list(workers.map(lambda source: self._object(source, options), [*own, *EXECUTOR]))
+        _run(_compiler(), *FLAGS, *OPTIONS[options], *map(str, objects), "-o", str(program))
+        return program
+
+    def _object(self, source: Path, options: str) -> Path:
+        target = self.folder / f"{source.stem}-{options}.o"
+        if not target.exists():
+            _run(_compiler(), *FLAGS, *OPTIONS[options], "-x", "c++", "-c", str(source), "-o", str(target))
+        return target
+
+
+def _compiler() -> str:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    # One process per file: the sanitizers make compilation slow.
-    objects = [program.with_name(f"{program.name}-{source.stem}.o") for source in [*sources, *EXECUTOR]]
-    for source, compiled in zip([*sources, *EXECUTOR], objects, strict=True):
-        command = [compiler, *FLAGS, *options, "-c", str(source), "-o", str(compiled)]
-        subprocess.run(command, check=True, timeout=300)
-    link = [compiler, *FLAGS, *options, *map(str, objects), "-o", str(program)]
-    subprocess.run(link, check=True, timeout=300)
-    return program
+    return compiler
 
 
-def run(program: Path, *arguments: str) -> str:
-    ran = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, check=False)
+def _run(*command: str) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
     return ran.stdout
 
 
-@pytest.mark.parametrize(("options", "seeds"), [(OPTIMISED, "200"), (SANITIZED, "8")], ids=["O2", "asan-ubsan"])
-def test_planted_mistakes_are_caught_and_only_they(options: list[str], seeds: str, tmp_path: Path) -> None:
-    program = build(tmp_path / "exchange", [HERE / "exchange.cpp", HERE / "exchange_test.cpp"], options)
-    out = run(program, seeds)
-    assert "NOT OK" not in out
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    return Builds(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.mark.parametrize(("options", "seeds"), [("O2", 200), ("asan-ubsan", 8), ("ucontext", 8)])
+def test_planted_mistakes_are_caught_and_only_they(options: str, seeds: int, builds: Builds) -> None:
+    out = _run(str(builds.program("exchange", options)), str(seeds))
     assert out.count(", ok\n") == 22
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("name", "checks"), [("litmus", 6), ("machine", 8), ("streams", 6)])
+def test_rules(name: str, checks: int, options: str, builds: Builds) -> None:
+    assert _run(str(builds.program(name, options))).count(" ok\n") == checks
+
+
+@pytest.mark.parametrize(("options", "seeds"), [("O2", 200), ("asan-ubsan", 10)])
+def test_rounds_of_the_kernels(options: str, seeds: int, builds: Builds) -> None:
+    assert f"{seeds} seeds of 4 rounds ok" in _run(str(builds.program("rounds", options)), "0", str(seeds), "4")

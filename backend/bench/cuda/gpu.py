@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .devices import Device
 
+SECONDS_APART = 20.0
 FIELDS = {
     "name": "name",
     "driver": "driver_version",
@@ -41,6 +45,21 @@ def state(index: int = 0) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return read_state(ran.stdout, index)
+
+
+class Watch:
+    """States of a GPU over a run, at most one every `SECONDS_APART`: asking takes its time."""
+
+    def __init__(self, index: int, read: Callable[[int], dict[str, str]] = state) -> None:
+        """Watch GPU `index`."""
+        self._index, self._read, self._begin = index, read, monotonic()
+        self.seen: list[dict[str, Any]] = []
+
+    def look(self) -> None:
+        """Note the state now, unless the last note is recent."""
+        at = monotonic() - self._begin
+        if not self.seen or at - self.seen[-1]["at_s"] >= SECONDS_APART:
+            self.seen.append({"at_s": round(at, 1), **self._read(self._index)})
 
 
 def describe(device: Device) -> dict[str, Any]:

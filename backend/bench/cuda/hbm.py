@@ -20,7 +20,7 @@ STREAM_BYTES = 2 << 30  # of each of the two blocks, on a GPU
 HOST_BYTES = 4 << 20
 TIMES_L2 = 4
 COPIES = 20
-REPLAYS = 15
+REPLAYS = 9
 LEAST = 16
 
 
@@ -71,7 +71,7 @@ class CopyBound:
                 device.gate(GATE_S / 40)
                 graph.replay()
                 device.synchronize()
-                device.gate(GATE_S)
+                device.gate(GATE_S / 4)
                 stamps = body()
                 device.synchronize()
                 if number:

@@ -12,6 +12,7 @@ import torch
 
 from moebius.bench.timing import quiet_gc
 from moebius.bench.workload import count_rows, route
+from moebius.errors import PeerTimeoutError
 
 from .schedules import BY_HALF, BY_OP, CHAINED, LOCKSTEP, Schedule, eager_samples, graph_samples
 from .suites import Counts, Point, counts
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .schedules import Exchange
 
 TIMEOUT_S = 2.0
+MOST_HUNG = 2
 HOST_ROUNDS = 12  # behind one gate
 HOST_REPEATS = 20
 FRAME = Schedule("frame", (("frame", ("frame",)),))
@@ -67,6 +69,7 @@ class Bench:
             before: see `schedules.graph_samples`.
         """
         self._device, self._groups, self._seconds, self._before = device, groups, seconds, before
+        self._hung = 0  # schedules in which a rank waited in vain for another's kernel
         self._world: World | None = None
         self._key: Any = None
 
@@ -105,6 +108,7 @@ class Bench:
                 with quiet_gc():
                     job()
             except (RuntimeError, ValueError) as error:  # ours, torch's, CUDA's: the other figures still count
+                self._hung += isinstance(error, PeerTimeoutError)
                 found.errors.append(f"{point.name}: {what}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 return False
             return True
@@ -112,7 +116,9 @@ class Bench:
         if not attempt("check", lambda: self._check(point, found)):
             return found
         many = counts(found.bytes["round"], lanes, self._seconds)
-        schedules = schedules_of(point, found.sms * lanes <= device.num_sms)
+        # A device that will not run the ranks side by side does not learn to: each more try costs its deadline.
+        are_resident = found.sms * lanes <= device.num_sms and self._hung < MOST_HUNG
+        schedules = schedules_of(point, are_resident)
         for mode, schedule in itertools.product(point.modes, schedules):
             job = functools.partial(self._ours, point, found, mode, schedule, many)
             if not attempt(f"{mode} {schedule.name}", job) and schedule is CHAINED and LOCKSTEP not in schedules:
@@ -155,7 +161,7 @@ class Bench:
             for repeat in range(HOST_REPEATS + 1):
                 device.synchronize()
                 device.gate(TIMEOUT_S / 100)
-                instants = [world.host_times(number) for number in range(HOST_ROUNDS)]
+                instants = [world.host_times() for _ in range(HOST_ROUNDS)]
                 device.synchronize()
                 for row in instants if repeat else ():
                     for name, begin, end in zip(HOST_PARTS, (*row[:-1], row[0]), (*row[1:], row[-1]), strict=True):

@@ -137,12 +137,13 @@ def run(options: CudaOptions, make_device: Callable[[int], Device] = CudaDevice)
     bound = CopyBound(first)
     options.folder.mkdir(parents=True, exist_ok=True)
     found, extra = _Found(), dict[str, Any]()
+    watch = gpu.Watch(first.where.index or 0, gpu.state if first.is_cuda else lambda _: {})
 
     def content() -> dict[str, Any]:
         return {
             "kind": "bench-cuda",
             **origin,
-            "gpu": about | {"after": gpu.state() if first.is_cuda else {}, "stream_gbps": bound.stream_gbps},
+            "gpu": about | {"meanwhile": watch.seen, "stream_gbps": bound.stream_gbps},
             "suite": options.suite or "sweep",
             "ranks_are": "virtual ranks on streams of one GPU" if options.is_virtual else "processes, a GPU each",
             "method": METHOD,
@@ -173,6 +174,7 @@ def run(options: CudaOptions, make_device: Callable[[int], Device] = CudaDevice)
                     found.skipped.append(point.name)
                     continue
                 measured = _measure(bench, point)
+                watch.look()  # right after work, so that the clocks are those of the work
                 found.errors += [error for one in measured for error in one.errors]
                 found.rows += point_rows(point, measured, bound) if all(one.bytes for one in measured) else []
                 progress.show(done / len(points), _note(point, found.rows))

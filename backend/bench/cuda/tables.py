@@ -63,11 +63,11 @@ def find_round(rows: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Any] 
 def gpu_line(result: dict[str, Any]) -> str:
     """The device in a line."""
     gpu, machine = result["gpu"], result["machine"]
-    before, after = gpu.get("before") or {}, gpu.get("after") or {}
-    clocks = ""
+    before, clocks = gpu.get("before") or {}, ""
     if before:
+        seen = [int(one["sm_clock_mhz"]) for one in gpu["meanwhile"] if one.get("sm_clock_mhz", "").isdigit()]
         clocks = f", driver {before['driver']}, SM clock {before['sm_clock_mhz']} MHz before"
-        clocks += f" and {after['sm_clock_mhz']} after" if after else ""
+        clocks += f", {min(seen)} to {max(seen)} meanwhile" if seen else ""
         clocks += f" (at most {before['most_sm_clock_mhz']}), memory {before['memory_clock_mhz']} MHz"
     return (
         f"{gpu['name']}, {gpu['sms']} SMs{clocks}; a large copy moves {gpu['stream_gbps']:.0f} GB/s; "

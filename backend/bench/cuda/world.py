@@ -50,11 +50,10 @@ class World:
             timeout_s: deadline of a wait.
         """
         self.device, self.config = device, workload.config(timeout_s)
-        make: Any = AllToAll
-        options: dict[str, Any] = {"device": device.where, "num_sms": num_sms} if device.is_cuda else {}
+        budget = num_sms if device.is_cuda else None
         self._stack = contextlib.ExitStack()
-        self.ranks: list[AllToAll] = [
-            self._stack.enter_context(make(group, self.config, **options)) for group in groups
+        self.ranks = [
+            self._stack.enter_context(AllToAll(group, self.config, device.where, num_sms=budget)) for group in groups
         ]
         self.num_ranks = self.ranks[0].num_ranks
         dtype = DTYPES[self.config.output_dtype]
@@ -120,17 +119,19 @@ class World:
         else:
             self._open[lane] = self._open[lane].receive()
 
-    def host_times(self, number: int) -> tuple[int, int, int, int, int]:
-        """Host instants of a round of lane 0: before each half, and after the last. For a world of one rank."""
+    def host_times(self) -> tuple[int, int, int, int, int]:
+        """Host instants of a round of lane 0, called without options: before each half, and after the last.
+
+        For a world of one rank: others' sends would come after this one's receive.
+        """
         a2a, x, (ids, weights) = self.ranks[0], self.inputs[0][0], self.routes[0][0]
-        expert_out, out, buffers = self.expert_out[0], self._combined[0], self._out[0]
-        del number
+        expert_out = self.expert_out[0]
         begin = perf_counter_ns()
-        pending = a2a.dispatch_send(x, ids, weights, **buffers)
+        pending = a2a.dispatch_send(x, ids, weights)
         sent = perf_counter_ns()
         received = pending.receive()
         arrived = perf_counter_ns()
-        returning = a2a.combine_send(expert_out, received, out=out)
+        returning = a2a.combine_send(expert_out, received)
         replied = perf_counter_ns()
         returning.receive()
         return begin, sent, arrived, replied, perf_counter_ns()
@@ -180,9 +181,7 @@ class World:
         """
         self.device.synchronize()
         for a2a in self.ranks:
-            if self.device.is_cuda:
-                engine: Any = a2a
-                engine.synchronize()
+            a2a.synchronize()
             if a2a.dead_ranks:
                 raise MoebiusError(f"rank {a2a.rank} has given up ranks {a2a.dead_ranks}")
 
