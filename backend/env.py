@@ -49,11 +49,18 @@ VLLM_GLOO = Variable(
     "vLLM as it is",
     "make vLLM's allgather_reducescatter work on the CPU, over gloo, to compare with; read when vLLM loads plugins",
 )
+VLLM_NUM_SMS = Variable(
+    "MOEBIUS_VLLM_NUM_SMS",
+    "a number",
+    "all of them",
+    "SMs that a half may occupy on a GPU in vLLM; read when vLLM builds a layer",
+)
 VARIABLES = (
     SIMD,
     VLLM_FORMAT,
     VLLM_TRACE,
     VLLM_GLOO,
+    VLLM_NUM_SMS,
     Variable(
         "MOEBIUS_SKIP_CUDA_BUILD",
         ("1",),
@@ -108,6 +115,18 @@ def vllm_gloo() -> bool:
         ConfigError: the variable holds something else than 1.
     """
     return _choice(VLLM_GLOO) is not None
+
+
+def vllm_num_sms() -> int | None:
+    """The SMs that a half may occupy under vLLM, or None for all.
+
+    Raises:
+        ConfigError: the variable holds no number from 1 on.
+    """
+    value = os.environ.get(VLLM_NUM_SMS.name, "")
+    if value and not (value.isascii() and value.isdigit() and int(value)):
+        raise ConfigError(f"`{VLLM_NUM_SMS.name}` must be a number from 1 on (got {value!r})")
+    return int(value) if value else None
 
 
 def for_child(defaults: dict[str, str]) -> dict[str, str]:

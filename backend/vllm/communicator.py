@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 import vllm
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
 from vllm.distributed.device_communicators.base_device_communicator import Cache
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from moebius import env
 from moebius._version import __version__
 from moebius.all_to_all import AllToAll
 from moebius.config import Config
 
-from . import patches, points
+from . import patches, points, steps
 from .choice import NAME
 
 _log = logging.getLogger("moebius")
@@ -29,9 +31,18 @@ class MoebiusAll2AllManager(AgRsAll2AllManager):  # type: ignore[misc]
     that part is inherited.
     """
 
-    def __init__(self, cpu_group: Any, tcp_store_group: Any = None) -> None:
-        """Start without exchanges; the first layer of a shape makes one."""
+    def __init__(
+        self, cpu_group: Any, tcp_store_group: Any = None, *, device: torch.device | str | None = None
+    ) -> None:
+        """Start without exchanges; the first layer of a shape makes one.
+
+        Args:
+            cpu_group: the ranks; its backend is used to make an exchange only.
+            tcp_store_group: of vLLM's own.
+            device: of this rank's tensors; None is the CPU.
+        """
         super().__init__(cpu_group, tcp_store_group)
+        self.device = torch.device("cpu" if device is None else device)
         self.handle_cache = Cache()
 
     def get_handle(self, kwargs: dict[str, Any]) -> AllToAll:
@@ -39,15 +50,24 @@ class MoebiusAll2AllManager(AgRsAll2AllManager):  # type: ignore[misc]
 
         Args:
             kwargs: fields of `moebius.Config`.
+
+        Raises:
+            MoebiusError: as `AllToAll`; MOEBIUS_VLLM_NUM_SMS is its `num_sms`.
         """
         handle: AllToAll = self.handle_cache.get_or_create(kwargs, self._make)
         return handle
 
     def _make(self, **fields: Any) -> AllToAll:
-        return AllToAll(self.cpu_group, Config(**fields))
+        # Given, not left to torch's default: vLLM builds layers under a default device of its own.
+        num_sms = None if self.device.type == "cpu" else env.vllm_num_sms()
+        return steps.watch(AllToAll(self.cpu_group, Config(**fields), self.device, num_sms=num_sms))
 
     def max_sms_used(self) -> int | None:
-        """None of the device's multiprocessors are taken away from the model."""
+        """None are to be kept free: under dual-batch overlap our halves run between the model's kernels, not beside.
+
+        They are on the model's stream, and no kernel of ours runs between the halves. vLLM would otherwise leave so
+        many out of its matrix products. How many a half itself takes is up to MOEBIUS_VLLM_NUM_SMS.
+        """
         return 0
 
     def destroy(self) -> None:
@@ -80,7 +100,8 @@ class MoebiusCommunicator(_PlatformCommunicator):  # type: ignore[misc]
             patches.install_in_layers()
         if is_ours:
             self.use_all2all = True
-            self.all2all_manager = MoebiusAll2AllManager(self.cpu_group, kwargs.get("tcp_store_group"))
+            store = kwargs.get("tcp_store_group")
+            self.all2all_manager = MoebiusAll2AllManager(self.cpu_group, store, device=self.device)
             if config.parallel_config.enable_expert_parallel:
                 _announce(self.world_size)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moebius import env
 
-from . import choice, points
+from . import choice, points, steps
 from .choice import NAME
 
 if TYPE_CHECKING:
@@ -76,9 +76,12 @@ def install_in_layers() -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_worker import Worker
 
     _widen(FusedMoEParallelConfig, "use_batched_activation_format", _takes_batched)
     RoutedExperts._get_quant_method = _settling_format(RoutedExperts._get_quant_method)
+    for method in steps.METHODS:
+        setattr(Worker, method, steps.checking(vars(Worker)[method]))
     original = all2all_utils.maybe_make_prepare_finalize
     _installed["make_prepare_finalize"] = original
     rebind("maybe_make_prepare_finalize", original, _making_ours(original))

@@ -156,6 +156,10 @@ POINTS = (
         is_patched=True,
     ),
     Point(f"{MOE}/runner/moe_runner.py", "_moe_forward_shared", "CPU: the operators moe_forward, moe_forward_shared"),
+    *(
+        Point("v1/worker/gpu_worker.py", f"Worker.{method}", "raises what a step on a GPU recorded", is_patched=True)
+        for method in ("execute_model", "sample_tokens", "execute_dummy_batch")
+    ),
     Point("envs.py", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "how long an exchange waits"),
     Point("forward_context.py", "get_forward_context", "recorded routing"),
     Point("forward_context.py", "ForwardContext.no_compile_layers", "recorded routing: names of layers"),

@@ -1,4 +1,4 @@
-"""Standard: the tokens as they arrived, in the inbox itself, with the choices that fell on this rank."""
+"""Standard: the tokens as they arrived, with the choices that fell on this rank."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class MoebiusStandardPrepareAndFinalize(Halves):
     """Over token_major; experts weight and add up themselves, and combine carries one row for each token.
 
-    Where experts take an expert map they see the inbox, [R*M, H], unused rows routed to no local expert. vLLM's experts
-    for the CPU take none: they get `Pairs` of it.
+    Where experts take an expert map they see the inbox, [R*M, H] (on a GPU a copy), unused rows routed to no local
+    expert. vLLM's experts for the CPU take none: they get `Pairs` of it, whose number the host has to know, so not on a
+    GPU.
     """
 
     def __init__(self, *args: Any, takes_pairs: bool | None = None, **kwargs: Any) -> None:

@@ -5,7 +5,8 @@ Each rank writes a file of its own, `FILE` with `.rank0` and so on before its su
     {"num_experts": E, "num_topk": K, "layers": {name: int16 [tokens, K]}}
 
 Tokens are in the order in which this rank dispatched them, its prompts' and those that it generated; -1 is a token that
-goes nowhere. What vLLM runs to warm up, or to keep an idle rank in step, is left out.
+goes nowhere. What vLLM runs to warm up, or to keep an idle rank in step, is left out, and so is what runs in a CUDA
+graph, as no Python of ours runs then.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Recorder:
         context = get_forward_context()
         if context.attn_metadata is None:  # a dummy run
             return
+        if topk_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # copying to the host waits for the device; and replays would not come here
         if id(layer) not in self._names:
             names = [name for name, module in context.no_compile_layers.items() if isinstance(module, MoERunner)]
             at = len(self._names)

@@ -132,7 +132,10 @@ CASES = {
 }
 
 
-def make_kernel(case: str, rank: int, group: Any, topk: int, w1: Tensor, w2: Tensor) -> tuple[Any, Tensor, Tensor]:
+experts_of: dict[str, Any] = {}  # batched experts by case: classes that only some environments have
+
+
+def make_kernel(case: str, rank: int, manager: Any, topk: int, w1: Tensor, w2: Tensor) -> tuple[Any, Tensor, Tensor]:
     """The kernel, and the weights of this rank's experts as it takes them."""
     import vllm.model_executor.layers.fused_moe.modular_kernel as mk
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -144,13 +147,13 @@ def make_kernel(case: str, rank: int, group: Any, topk: int, w1: Tensor, w2: Ten
     from moebius.vllm.standard import MoebiusStandardPrepareAndFinalize
     from tests.vllm import experts as fakes
 
-    form, name, dtype, _ = CASES[case]
+    form, name, dtype, _ = CASES.get(case, CASES["batched"])
     config = moe_config(rank, dtype, topk)
     is_fp8 = "fp8" in case
     quant = (
         FusedMoEQuantConfig.make(torch.float8_e4m3fn, block_shape=[128, 128]) if is_fp8 else FusedMoEQuantConfig.make()
     )
-    exchange = layers.exchange_of(config, quant, Manager(group), form == "batched")
+    exchange = layers.exchange_of(config, quant, manager, form == "batched")
     sends_fp8 = layers.sends_fp8(config, quant)
     assert sends_fp8 == is_fp8
     own = slice(rank * E // R, (rank + 1) * E // R)
@@ -160,8 +163,10 @@ def make_kernel(case: str, rank: int, group: Any, topk: int, w1: Tensor, w2: Ten
     if form == "batched":
         made = MoebiusBatchedPrepareAndFinalize(exchange, M, R, sends_fp8=sends_fp8)
         room = {"max_num_tokens": M, "num_dispatchers": R}
-        cls = getattr(fakes, name) if name else MoebiusBatchedCPUExperts
+        cls = experts_of.get(case) or (getattr(fakes, name) if name else MoebiusBatchedCPUExperts)
         chosen = cls(moe_config=config, quant_config=quant, **room)
+        if case in experts_of:
+            chosen.apply = one_at_a_time(chosen.apply)
     else:
         made = MoebiusStandardPrepareAndFinalize(exchange, M, R, sends_fp8=sends_fp8, takes_pairs=name is None)
         cls = fakes.MappedExperts if name else CPUUnquantizedExperts
@@ -177,7 +182,7 @@ def make_kernel(case: str, rank: int, group: Any, topk: int, w1: Tensor, w2: Ten
 
 
 def one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's C++ experts have one scratchpad for a process; here its ranks are threads."""
+    """Ranks are threads here, and vLLM's C++ experts have one scratchpad for a process; so has Triton's interpreter."""
 
     def locked(*args: Any, **kwargs: Any) -> Any:
         with SCRATCHPAD:
@@ -203,16 +208,27 @@ def routing(rank: int, num_tokens: int, topk: int, kind: str) -> tuple[Tensor, T
     return ids, torch.rand(num_tokens, topk, generator=generator)
 
 
+def random_weights(seed: int) -> tuple[Tensor, Tensor]:
+    """Those of all experts, [E, 2I, H] and [E, H, I]."""
+    generator = torch.Generator().manual_seed(seed)
+    w1 = torch.randn(E, 2 * INTERMEDIATE, H, generator=generator) * 0.05
+    return w1, torch.randn(E, H, INTERMEDIATE, generator=generator) * 0.1
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["random", "padding", "one expert"])
 def test_the_kernel_computes_the_layer(case: str, kind: str) -> None:
-    generator = torch.Generator().manual_seed(3)
-    dtype, tolerance = CASES[case][2:]
-    w1 = torch.randn(E, 2 * INTERMEDIATE, H, generator=generator) * 0.05
-    w2 = torch.randn(E, H, INTERMEDIATE, generator=generator) * 0.1
+    check_layer(case, kind, lambda group: Manager(group), lambda kernel: None)
+
+
+def check_layer(case: str, kind: str, manager_of: Callable[[Any], Any], made: Callable[[Any], None]) -> None:
+    """Every rank's kernel, over the exchanges of its manager, against the unsharded layer; `made` is given each."""
+    dtype, tolerance = CASES.get(case, CASES["batched"])[2:]
+    w1, w2 = random_weights(3)
 
     def run(rank: int, group: Any) -> None:
-        kernel, mine1, mine2 = make_kernel(case, rank, group, K, w1, w2)
+        kernel, mine1, mine2 = make_kernel(case, rank, manager_of(group), K, w1, w2)
+        made(kernel)
         assert kernel.output_is_reduced()
         assert kernel.can_overlap_shared_experts
         for num_tokens in (5 + rank, M, 0 if rank else 3, 1):
@@ -242,12 +258,10 @@ def test_the_kernel_computes_the_layer(case: str, kind: str) -> None:
 
 @pytest.mark.parametrize("case", ["batched", "standard-stock-experts"])
 def test_router_weight_on_the_input(case: str) -> None:
-    generator = torch.Generator().manual_seed(4)
-    w1 = torch.randn(E, 2 * INTERMEDIATE, H, generator=generator) * 0.05
-    w2 = torch.randn(E, H, INTERMEDIATE, generator=generator) * 0.1
+    w1, w2 = random_weights(4)
 
     def run(rank: int, group: Any) -> None:
-        kernel, mine1, mine2 = make_kernel(case, rank, group, 1, w1, w2)
+        kernel, mine1, mine2 = make_kernel(case, rank, Manager(group), 1, w1, w2)
         ids, weights = routing(rank, 6, 1, "random")
         x = torch.randn(6, H, generator=torch.Generator().manual_seed(rank))
         y = kernel.apply(x, mine1, mine2, weights, ids, kernel.moe_config.activation, E, expert_map(rank), True)
@@ -265,12 +279,10 @@ def test_two_micro_batches_under_way(case: str, monkeypatch: pytest.MonkeyPatch)
     current = threading.local()
     for module in (halves, standard):
         monkeypatch.setattr(module, "dbo_current_ubatch_id", lambda: current.number)
-    generator = torch.Generator().manual_seed(5)
-    w1 = torch.randn(E, 2 * INTERMEDIATE, H, generator=generator) * 0.05
-    w2 = torch.randn(E, H, INTERMEDIATE, generator=generator) * 0.1
+    w1, w2 = random_weights(5)
 
     def run(rank: int, group: Any) -> None:
-        kernel, mine1, mine2 = make_kernel(case, rank, group, K, w1, w2)
+        kernel, mine1, mine2 = make_kernel(case, rank, Manager(group), K, w1, w2)
         made, chosen, map_ = kernel.prepare_finalize, kernel.fused_experts, expert_map(rank)
         for layer in range(3):
             batches = [routing(rank + 2 * layer, 4 + number, K, "random") for number in range(2)]
