@@ -2,8 +2,8 @@
 
 A token goes once to each rank that has one of its experts (DESIGN.md, "Protocol"); its row comes home from each of
 them. With the share v[r] of the tokens that go to rank r, and T tokens a rank, rank s sends T v[r] cells to each r,
-over NVLink to those of its node and over its NIC to the others, and gets T (R - 1) v[s]. Combine moves the same the other
-way. The shares are exact for uniform routing (every set of K experts alike), or counted in a recorded trace.
+over NVLink to those of its node and over its NIC to the others, and gets T (R - 1) v[s]. Combine moves the same the
+other way. The shares are exact for uniform routing (every set of K experts alike), or counted in a recorded trace.
 """
 
 from __future__ import annotations
