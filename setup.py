@@ -100,7 +100,9 @@ def compile_with_nvcc(compiler: Any) -> None:
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"nvcc failed on {src} ({error})") from error  # SystemExit would hang the pool of threads
+            raise CompileError(
+                f"nvcc failed on {src} ({error})"
+            ) from error  # SystemExit would hang the pool of threads
 
     compiler._compile = _compile
 

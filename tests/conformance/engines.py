@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import moebius
-from moebius import AllToAll, Config
+from moebius import AllToAll, Config, VirtualNetwork
 from tests.helpers import simt
 from tests.helpers.launch import RankPool, in_threads
 
@@ -54,9 +54,10 @@ def run_single(
     skew: Skew | None = None,
     *,
     make: Callable[..., AllToAll] = AllToAll,
+    network: VirtualNetwork | None = None,
 ) -> list[Any]:
     """One thread, all ranks in turn from yield to yield; the skew is in the order of the ranks."""
-    ranks = [make(group, config) for group in moebius.virtual_ranks(num_ranks)]
+    ranks = [make(group, config) for group in moebius.virtual_ranks(num_ranks, network)]
     try:
         steps = {rank: program(a2a, *arguments[rank]) for rank, a2a in enumerate(ranks)}
         results: dict[int, Any] = {}
@@ -96,15 +97,35 @@ def run_rank(group: Any, config: Config, program: Program, rank: int, arguments:
 
 
 def run_threads(
-    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+    config: Config,
+    num_ranks: int,
+    program: Program,
+    arguments: Sequence[tuple[Any, ...]],
+    skew: Skew | None = None,
+    *,
+    network: VirtualNetwork | None = None,
 ) -> list[Any]:
     """A thread for each rank."""
-    groups = moebius.virtual_ranks(num_ranks)
+    groups = moebius.virtual_ranks(num_ranks, network)
     return in_threads(
         num_ranks,
         lambda rank: run_rank(groups[rank], config, program, rank, arguments[rank], skew),
         timeout_s=TIMEOUT_S,
     )
+
+
+def over_network(run: Callable[..., list[Any]], ranks_per_host: int) -> Run:
+    """The same over an emulated network between hosts, as bad as it can be without making the suite slow."""
+
+    def run_over(
+        config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+    ) -> list[Any]:
+        network = VirtualNetwork(ranks_per_host, seed=simt.seed_of_test(), max_delay_us=100.0, max_piece_bytes=700)
+        results = run(config, num_ranks, program, arguments, skew, network=network)
+        assert network.num_refused == 0, "a message went where its sender has no business"
+        return results
+
+    return run_over
 
 
 def run_processes(
@@ -132,6 +153,8 @@ ENGINES = {
         Engine("cpu-single", run_single, concurrent=False),
         Engine("cpu-threads", run_threads, concurrent=True),
         Engine("cpu-processes", run_processes, concurrent=True),
+        Engine("cpu-hosts-4x1", over_network(run_single, 1), concurrent=False),
+        Engine("cpu-hosts-2x2", over_network(run_threads, 2), concurrent=True, sizes=(3, 4)),
         Engine("simt", run_simt, concurrent=False),
     )
     if engine.name != "simt" or simt.why_not() is None
