@@ -49,8 +49,15 @@ VLLM_GLOO = Variable(
     "vLLM as it is",
     "make vLLM's allgather_reducescatter work on the CPU, over gloo, to compare with; read when vLLM loads plugins",
 )
+HOST = Variable(
+    "MOEBIUS_HOST",
+    "a name",
+    "ranks that share kernel and namespaces share memory",
+    "ranks with different names use the network between them, even on one host; read when an object is made",
+)
 VARIABLES = (
     SIMD,
+    HOST,
     VLLM_FORMAT,
     VLLM_TRACE,
     VLLM_GLOO,
@@ -108,6 +115,11 @@ def vllm_gloo() -> bool:
         ConfigError: the variable holds something else than 1.
     """
     return _choice(VLLM_GLOO) is not None
+
+
+def host() -> str:
+    """The name that sets this rank's host apart; empty for none."""
+    return os.environ.get(HOST.name, "")
 
 
 def for_child(defaults: dict[str, str]) -> dict[str, str]:

@@ -54,7 +54,11 @@ class Link:
     """One end of the connection of two ranks. Nothing but `close` waits for the other end."""
 
     def __init__(
-        self, group: dist.ProcessGroupGloo, peer: int, most_bytes: int, deliver: Callable[[int, int, memoryview, int, int], bool]
+        self,
+        group: dist.ProcessGroupGloo,
+        peer: int,
+        most_bytes: int,
+        deliver: Callable[[int, int, memoryview, int, int], bool],
     ) -> None:
         """Start the threads.
 
@@ -69,7 +73,9 @@ class Link:
         self._most_bytes, self._deliver = most_bytes, deliver
         self._waiting: collections.deque[tuple[int, Message | None]] = collections.deque()
         self._changed = threading.Condition()
+        self._delivering = threading.Lock()
         self._is_closed = False  # here: what comes is not delivered any more
+        self._is_given_up = False  # the engine does not send there any more, and closing does not wait
         self._is_broken = False  # the connection is gone
         self._was_heard = False  # the other end has all that was sent before the goodbye
         # Daemons, for a program may end without closing; `network` then closes while threads still run.
@@ -89,21 +95,25 @@ class Link:
         """Send it, after what was put before; its data must not change any more."""
         self._enqueue(_MESSAGE, message)
 
-    def drop(self) -> None:
-        """Forget what has not begun to leave."""
+    def give_up(self, is_given_up: bool) -> None:
+        """Forget what has not begun to leave, for the other end does not listen; or take it back."""
         with self._changed:
-            self._waiting.clear()
+            self._is_given_up = is_given_up
+            if is_given_up:
+                self._waiting.clear()
 
     def say_goodbye(self) -> None:
         """Deliver nothing more here, and ask the other end to tell when it has all that was put."""
-        with self._changed:
+        with self._delivering:
             self._is_closed = True
         self._enqueue(_BYE, None)
 
     def wait_until_heard(self, deadline: float) -> bool:
-        """Whether the other end said so before `deadline` (of `time.monotonic`); at once when it is gone."""
+        """Whether the other end said so before `deadline` (of `time.monotonic`); at once when it is gone or given up."""
         with self._changed:
-            self._changed.wait_for(lambda: self._was_heard or self._is_broken, max(0.0, deadline - time.monotonic()))
+            self._changed.wait_for(
+                lambda: self._was_heard or self._is_broken or self._is_given_up, max(0.0, deadline - time.monotonic())
+            )
             return self._was_heard
 
     def cut(self) -> None:
@@ -172,7 +182,7 @@ class Link:
             if num_bytes:
                 into = torch.frombuffer(room, dtype=torch.uint8, count=num_bytes)
                 self._group.recv([into], self._other, _DATA).wait(_FOREVER)
-            with self._changed:  # not while it closes
+            with self._delivering:
                 if self._is_closed:
                     continue
                 taken = self._deliver(self.peer, offset, memoryview(room)[:num_bytes], signal, word % (1 << 64))

@@ -37,7 +37,7 @@ def join(group: dist.ProcessGroup, own: heap.SymmetricHeap, layout: _core.HeapLa
         timeout_s: deadline of the engine's waits, which bounds how long closing may take too.
 
     Returns:
-        A `_core.Network`; `close()` it.
+        A `_core.Network` with a `close`.
 
     Raises:
         PeerAccessError: two ranks cannot reach each other; raised on every rank.
@@ -106,9 +106,8 @@ def _network_type() -> type:
             return -1
 
         def give_up(self, dst: int, is_given_up: bool) -> None:
-            """A rank that does not listen shall not be sent what no longer counts."""
-            if is_given_up:
-                self._links[dst].drop()
+            """See `Link.give_up`."""
+            self._links[dst].give_up(is_given_up)
 
         def close(self) -> None:
             """Wait until the others have what was sent, within a limit, and disconnect. May be repeated."""
