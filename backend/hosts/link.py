@@ -109,7 +109,7 @@ class Link:
         self._enqueue(_BYE, None)
 
     def wait_until_heard(self, deadline: float) -> bool:
-        """Whether the other end said so before `deadline` (of `time.monotonic`); at once when it is gone or given up."""
+        """Whether the other end said so before `deadline` (of `time.monotonic`); not waiting where it is given up."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._was_heard or self._is_broken or self._is_given_up, max(0.0, deadline - time.monotonic())
@@ -137,7 +137,7 @@ class Link:
         try:
             work()
         except ProtocolError as error:
-            log.error("rank %d: %s; it is not listened to any more", self.peer, error)  # noqa: TRY400
+            log.error("rank %d: %s; it is not listened to any more", self.peer, error)
         except RuntimeError as error:
             # The deadline of whoever waits for that rank will name it, if anybody does.
             log.debug("rank %d: the connection is gone: %s", self.peer, error)

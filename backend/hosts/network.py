@@ -59,7 +59,7 @@ def join(group: dist.ProcessGroup, own: heap.SymmetricHeap, layout: _core.HeapLa
 
 
 def _pair_groups(own: heap.SymmetricHeap, store: dist.Store) -> dict[int, dist.ProcessGroupGloo]:
-    """A group of two for every remote rank; ascending, in which order no two ranks can wait for each other in a ring."""
+    """A group of two for every remote rank; ascending, for then ranks cannot wait for one another in a ring."""
     groups: dict[int, dist.ProcessGroupGloo] = {}
     how: Any = _CONNECT
     for peer, segment in enumerate(own.segments):
