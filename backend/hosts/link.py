@@ -12,7 +12,7 @@ import datetime as dt
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,8 @@ class Link:
             deliver: called with (peer, offset, data, signal, word) as messages come; False if that is not allowed.
         """
         self.peer = peer
-        self._group, self._other = group, 1 - group.rank()
+        self._group: Any = group  # its stub has no point-to-point calls
+        self._other = 1 - group.rank()
         self._most_bytes, self._deliver = most_bytes, deliver
         self._waiting: collections.deque[tuple[int, Message | None]] = collections.deque()
         self._changed = threading.Condition()
@@ -141,10 +142,11 @@ class Link:
         except RuntimeError as error:
             # The deadline of whoever waits for that rank will name it, if anybody does.
             log.debug("rank %d: the connection is gone: %s", self.peer, error)
-        with self._changed:
-            self._is_broken = True
-            self._waiting.clear()
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._is_broken = True
+                self._waiting.clear()
+                self._changed.notify_all()
 
     def _send(self) -> None:
         while True:

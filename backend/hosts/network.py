@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from moebius import _core
 
+PrefixStore: Any = dist.distributed_c10d.PrefixStore
 _CONNECT = dt.timedelta(seconds=60)
 _MOST_GOODBYE_S = 5.0
 
@@ -46,19 +47,21 @@ def join(group: dist.ProcessGroup, own: heap.SymmetricHeap, layout: _core.HeapLa
     groups: dict[int, dist.ProcessGroupGloo] = {}
     error = ""
     try:
-        groups = _pair_groups(own, dist.PrefixStore(f"moebius/{name}", dist.distributed_c10d._get_default_store()))
+        store = dist.distributed_c10d._get_default_store()
+        groups = _pair_groups(own, PrefixStore(f"moebius/{name}", store))
     except RuntimeError as caught:
         error = f"rank {own.rank} cannot reach all ranks of other hosts: {caught}"
     errors = [told for told in heap.gather(group, error) if told]
     if errors:
         raise PeerAccessError(f"{errors[0]}; GLOO_SOCKET_IFNAME names the interface whose address the others can reach")
     segment = own.segments[own.rank]
+    assert segment is not None  # the own heap is always mapped
     deliver = functools.partial(_deliver, layout, segment)
     links = {peer: Link(pair, peer, layout.total, deliver) for peer, pair in groups.items()}
     return _network(links, min(timeout_s, _MOST_GOODBYE_S))
 
 
-def _pair_groups(own: heap.SymmetricHeap, store: dist.Store) -> dict[int, dist.ProcessGroupGloo]:
+def _pair_groups(own: heap.SymmetricHeap, store: Any) -> dict[int, dist.ProcessGroupGloo]:
     """A group of two for every remote rank; ascending, for then ranks cannot wait for one another in a ring."""
     groups: dict[int, dist.ProcessGroupGloo] = {}
     how: Any = _CONNECT
@@ -67,7 +70,7 @@ def _pair_groups(own: heap.SymmetricHeap, store: dist.Store) -> dict[int, dist.P
             continue
         low, high = sorted((own.rank, peer))
         place = 0 if own.rank == low else 1
-        groups[peer] = dist.ProcessGroupGloo(dist.PrefixStore(f"{low}-{high}", store), place, 2, how)
+        groups[peer] = dist.ProcessGroupGloo(PrefixStore(f"{low}-{high}", store), place, 2, how)
         how = groups[peer].options  # the same sockets' loop serves all pairs
     return groups
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from tests.conformance.programs import whole_rounds
 from tests.faults.programs import Accident
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
 
     from moebius.bench.workload import Workload
+    from tests.helpers.launch import RankPool
     from tests.helpers.rounds import RankRound, Result
 
 WAIT_S = 30.0  # for the test to see that all have come to a place
@@ -77,6 +79,36 @@ class Gate(Accident):
             time.sleep(0.005)
 
 
+def run_through(
+    folder: Path,
+    pool: RankPool,
+    program: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    act: Callable[[], object],
+    absent: Collection[int] = (),
+) -> list[Any]:
+    """Run a program with a `Gate` in it on all ranks; `act` before the gate opens. `absent` as in `RankPool.run`."""
+    missing = []
+
+    def open_gate() -> None:
+        deadline = time.monotonic() + WAIT_S
+        while len(list(folder.glob("*.here"))) < len(jobs):
+            if time.monotonic() > deadline:
+                missing.append("not all ranks came to the gate")
+                return
+            time.sleep(0.01)
+        act()
+        (folder / "open").touch()
+
+    keeper = threading.Thread(target=open_gate)
+    keeper.start()
+    try:
+        return pool.run(program, jobs, absent=absent, timeout_s=90.0)
+    finally:
+        keeper.join(WAIT_S)
+        assert not missing, missing
+
+
 def alone_until_named(group: Any, config: Config, folder: str, rank: int) -> tuple[list[int], float]:
     """One round whole; then one in the middle of which hosts are parted; then until nobody is waited for.
 
@@ -105,8 +137,6 @@ def alone_until_named(group: Any, config: Config, folder: str, rank: int) -> tup
 
 def open_and_close(group: Any, config: Config, times: int) -> int:
     """Objects one after another; the threads that are left."""
-    import threading
-
     before = threading.active_count()
     for _ in range(times):
         with AllToAll(group, config) as a2a:

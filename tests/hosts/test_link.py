@@ -47,7 +47,7 @@ class End:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[End]]:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     groups = in_threads(2, lambda rank: dist.ProcessGroupGloo(store, rank, 2, dt.timedelta(seconds=20)))
     made = [End(group) for group in groups]
     yield made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,16 +73,6 @@ def test_the_layer_of_the_demo_gives_what_it_gives_on_one_host(layout: str) -> N
                 assert error <= tolerance(workload.config())
 
 
-def open_gate(folder: Path, num_ranks: int, hosts: Namespaces, cut: int) -> None:
-    """Once all ranks are there, cut a host off and let them go on."""
-    deadline = time.monotonic() + programs.WAIT_S
-    while len(list(folder.glob("*.here"))) < num_ranks:
-        assert time.monotonic() < deadline, "not all ranks came to the gate"
-        time.sleep(0.01)
-    hosts.cut_off(cut)
-    (folder / "open").touch()
-
-
 @pytest.mark.parametrize("before", ["dispatch_send", "combine_send"])
 def test_survivors_name_the_host_that_was_cut_off_and_go_on(before: str, tmp_path: Path) -> None:
     """Three hosts; the link of one goes down in the middle of a round; the others' later rounds are right."""
@@ -92,9 +81,9 @@ def test_survivors_name_the_host_that_was_cut_off_and_go_on(before: str, tmp_pat
     gate = programs.Gate(lost, before, "gate", str(tmp_path))
     with Namespaces(3) as hosts, RankPool(3, places=hosts.places(0, 1, 2)) as pool:
         jobs = [(plan.case.config(), plan.given[rank], (gate,)) for rank in range(3)]
-        pool_answers = _run_while(pool, jobs, lambda: open_gate(tmp_path, 3, hosts, dead))
+        found = programs.run_through(tmp_path, pool, play, jobs, lambda: hosts.cut_off(dead))
     for rank in (0, 1):
-        played = pool_answers[rank]
+        played = found[rank]
         plan.check(rank, played, [lost])
         assert played.dead_ranks == (dead,)
         told = played.lost[lost]
@@ -103,28 +92,12 @@ def test_survivors_name_the_host_that_was_cut_off_and_go_on(before: str, tmp_pat
         assert f"rank {dead}" in told["message"]
 
 
-def _run_while(pool: RankPool, jobs: list[tuple[object, ...]], act: object) -> list[object]:
-    import threading
-
-    thread = threading.Thread(target=act)  # type: ignore[arg-type]
-    thread.start()
-    try:
-        return pool.run(play, jobs, timeout_s=90.0)
-    finally:
-        thread.join(programs.WAIT_S)
-
-
 def test_two_ranks_a_host(tmp_path: Path) -> None:
     """Both ranks of the other host are named, one after another, on either side; calls end within the deadlines."""
     config = Config(num_experts=8, num_topk=4, hidden=64, max_num_tokens=8, timeout_s=2.0)
     with Namespaces(2) as hosts, RankPool(4, places=hosts.places(0, 0, 1, 1)) as pool:
-        import threading
-
-        thread = threading.Thread(target=open_gate, args=(tmp_path, 4, hosts, 1))
-        thread.start()
         jobs = [(config, str(tmp_path), rank) for rank in range(4)]
-        found = pool.run(programs.alone_until_named, jobs, timeout_s=90.0)
-        thread.join(programs.WAIT_S)
+        found = programs.run_through(tmp_path, pool, programs.alone_until_named, jobs, lambda: hosts.cut_off(1))
     for rank, (named, longest) in enumerate(found):
         others = {2, 3} if rank < 2 else {0, 1}
         assert set(named) == others, f"rank {rank} named {named}"

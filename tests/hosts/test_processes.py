@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -68,13 +68,24 @@ def test_objects_come_and_go() -> None:
         assert pool.run(programs.open_and_close, [(config, 20)] * 3) == [0, 0, 0]
 
 
-def test_a_rank_that_dies_is_named_at_the_deadline() -> None:
-    case = case_of("expert")
-    plan = Plan.of(case, 1, BEFORE)
-    with pool_of("abc") as pool:
-        accidents = [[], [Accident(BEFORE, "dispatch_send", "kill")], []]
+def play_with(victim: int, what: str, hosts: str, case: Case, folder: Path) -> tuple[Plan, list[Any], Any]:
+    """Something happens to a rank, once all that was sent before has come; and what it went through if it woke."""
+    plan = Plan.of(case, victim, BEFORE)
+    gate = programs.Gate(BEFORE, "dispatch_send", "gate", str(folder))
+    with pool_of(hosts) as pool:
+        accidents: list[list[Accident]] = [[gate] for _ in hosts]
+        accidents[victim].append(Accident(BEFORE, "dispatch_send", what))
         jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
-        played = pool.run(play, jobs, absent=(1,))
+        played = programs.run_through(folder, pool, play, jobs, lambda: None, (victim,))
+        if what != "stop":
+            return plan, played, None
+        os.kill(pool.processes[victim].pid, signal.SIGCONT)
+        return plan, played, pool.late(victim)
+
+
+@pytest.mark.parametrize("hosts", ["abc", "aba"])
+def test_a_rank_that_dies_is_named_at_the_deadline(hosts: str, tmp_path: Path) -> None:
+    plan, played, _ = play_with(1, "kill", hosts, case_of("expert"), tmp_path)
     for rank in (0, 2):
         plan.check(rank, played[rank], [BEFORE])
         told = played[rank].lost[BEFORE]
@@ -82,15 +93,10 @@ def test_a_rank_that_dies_is_named_at_the_deadline() -> None:
         assert played[rank].dead_ranks == (1,)
 
 
-def test_a_stopped_rank_learns_that_it_was_given_up() -> None:
-    case = case_of("token")
-    plan = Plan.of(case, 1, BEFORE)
-    with pool_of("abb") as pool:
-        accidents = [[], [Accident(BEFORE, "dispatch_send", "stop")], []]
-        jobs = [(case.config(), plan.given[rank], accidents[rank]) for rank in range(NUM_RANKS)]
-        played = pool.run(play, jobs, absent=(1,))
-        os.kill(pool.processes[1].pid, signal.SIGCONT)
-        woken = pool.late(1)
+@pytest.mark.parametrize("hosts", ["abb", "abc"])
+def test_a_stopped_rank_learns_that_it_was_given_up(hosts: str, tmp_path: Path) -> None:
+    """And the others agree on who it was, though one of them may have begun to wait before another."""
+    plan, played, woken = play_with(1, "stop", hosts, case_of("token"), tmp_path)
     for rank in (0, 2):
         plan.check(rank, played[rank], [BEFORE])
         assert played[rank].dead_ranks == (1,)
