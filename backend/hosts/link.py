@@ -138,9 +138,10 @@ class Link:
         try:
             work()
         except ProtocolError as error:
-            log.error("rank %d: %s; it is not listened to any more", self.peer, error)
+            log.error("rank %d: %s; the connection is cut", self.peer, error)
+            self.cut()
         except RuntimeError as error:
-            # The deadline of whoever waits for that rank will name it, if anybody does.
+            # The deadline of whoever waits for that rank will name it, if anybody waits.
             log.debug("rank %d: the connection is gone: %s", self.peer, error)
         finally:
             with self._changed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import datetime as dt
 import functools
+import threading
 import time
 import uuid
 import weakref
@@ -90,10 +92,11 @@ def _network_type() -> type:
         """See csrc/cpu/network.h. Messages are copied, so they have left the outbox when a put returns."""
 
         def __init__(self, links: dict[int, Link], goodbye_s: float) -> None:
-            """Take the links over; they are closed with this object, or when the program ends."""
+            """Take the links over; they are closed after this object is gone, or when the program ends."""
             super().__init__()
             self._links = links
-            self._end = weakref.finalize(self, close_links, list(links.values()), goodbye_s)
+            self._open = Open(list(links.values()), goodbye_s)
+            weakref.finalize(self, self._open.close_later).atexit = False
 
         def put_signal(self, dst: int, offset: int, data: int, num_bytes: int, signal: int, word: int) -> None:
             """The data, then the word."""
@@ -114,7 +117,7 @@ def _network_type() -> type:
 
         def close(self) -> None:
             """Wait until the others have what was sent, within a limit, and disconnect. May be repeated."""
-            self._end()
+            self._open.close()
 
     return HostsNetwork
 
@@ -128,6 +131,37 @@ def _copy_of(address: int, num_bytes: int) -> torch.Tensor:
     if num_bytes:
         ctypes.memmove(copy.data_ptr(), address, num_bytes)
     return copy
+
+
+class Open:
+    """Links to be closed once, by whoever is first: their user, the collector of garbage, the program's end."""
+
+    def __init__(self, links: list[Link], goodbye_s: float) -> None:
+        """Remember them."""
+        self._links, self._goodbye_s = links, goodbye_s
+        self._closing = threading.Lock()
+        _open.add(self)
+
+    def close(self) -> None:
+        """Close them; a second caller waits for the first."""
+        with self._closing:
+            if self in _open:
+                close_links(self._links, self._goodbye_s)
+                _open.discard(self)
+
+    def close_later(self) -> None:
+        """The same from a collection of garbage, which may run in any thread, in one of the links' own too."""
+        threading.Thread(target=self.close, daemon=True, name="moebius-close").start()
+
+
+_open: set[Open] = set()
+
+
+@atexit.register
+def close_all() -> None:
+    """A thread that still waits in gloo when the interpreter ends would crash it."""
+    for links in list(_open):
+        links.close()
 
 
 def close_links(links: Sequence[Link], goodbye_s: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from moebius import AllToAll, Config, MoebiusError, PeerTimeoutError
 from moebius.bench.moe_layer import Experts, Router, shared_expert, step_input
@@ -170,3 +171,27 @@ def construct_without_a_way(group: Any, config: Config) -> str:
 def environment() -> dict[str, str]:
     """For a process that starts anew."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def beside_other_traffic(group: Any, config: Config) -> bool:
+    """Rounds with collectives and messages of the user's own in the middle of each."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    ids = torch.arange(2 * size).view(size, 2)[:4].int()
+    x = torch.full((len(ids), config.hidden), float(rank + 1), dtype=torch.bfloat16)
+    right = True
+    with AllToAll(group, config) as a2a:
+        for _ in range(10):
+            pending = a2a.dispatch_send(x, ids, torch.full((len(ids), 2), 0.5))
+            total = torch.ones(1)
+            dist.all_reduce(total, group=group)
+            got = torch.zeros(1)
+            sending = dist.isend(torch.tensor([float(rank)]), (rank + 1) % size, group=group)
+            dist.recv(got, (rank - 1) % size, group=group)
+            recv = pending.receive()
+            home = a2a.combine_send(recv.x.clone(), recv)
+            dist.barrier(group)
+            right = right and torch.equal(home.receive(), x) and total.item() == size
+            right = right and got.item() == (rank - 1) % size
+            if sending is not None:
+                sending.wait()
+    return right

@@ -116,8 +116,10 @@ def test_an_end_that_does_not_answer_is_left_in_time(ends: list[End]) -> None:
 
 def test_what_was_given_up_is_not_waited_for(ends: list[End]) -> None:
     ends[1].gate.clear()
+    start = time.monotonic()
     for i in range(200):
         ends[0].put(i, bytes(100_000))
+    assert time.monotonic() - start < 1.0, "a put waits for nobody"
     ends[0].link.give_up(True)
     ends[0].put(1000)
     start = time.monotonic()

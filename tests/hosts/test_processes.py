@@ -68,6 +68,12 @@ def test_objects_come_and_go() -> None:
         assert pool.run(programs.open_and_close, [(config, 20)] * 3) == [0, 0, 0]
 
 
+def test_the_users_traffic_on_the_group_is_apart() -> None:
+    with pool_of("abb") as pool:
+        config = Config(num_experts=6, num_topk=2, hidden=64, max_num_tokens=4)
+        assert pool.run(programs.beside_other_traffic, [(config,)] * 3) == [True] * 3
+
+
 def play_with(victim: int, what: str, hosts: str, case: Case, folder: Path) -> tuple[Plan, list[Any], Any]:
     """Something happens to a rank, once all that was sent before has come; and what it went through if it woke."""
     plan = Plan.of(case, victim, BEFORE)
