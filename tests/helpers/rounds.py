@@ -125,6 +125,7 @@ class Halves:
         self._rounds = rounds
         self._dispatches: dict[int, PendingDispatch] = {}
         self._combines: dict[int, PendingCombine] = {}
+        self._lost_combines: set[int] = set()
 
     def inputs(self, number: int) -> RankInput:
         return self._rounds[number].inputs
@@ -135,7 +136,8 @@ class Halves:
     def dispatch_send(self, number: int) -> None:
         overwritten = number - self._a2a.config.depth
         # In token_major the combine gives the cells back: other ranks may fill them before we come here.
-        if self._a2a.config.layout == "expert_major" or overwritten not in self._combines:
+        given_back = overwritten in self._combines or overwritten in self._lost_combines
+        if self._a2a.config.layout == "expert_major" or not given_back:
             self._keep(overwritten)
         self._dispatches[number] = self._send(number)
 
@@ -162,7 +164,9 @@ class Halves:
     def combine_send(self, number: int) -> None:
         self._keep(number)
         weights = self._late_weights(number)
+        self._lost_combines.add(number)
         self._combines[number] = self._a2a.combine_send(self.expert_out(number), self.live[number], weights)
+        self._lost_combines.remove(number)
 
     def _keep(self, number: int) -> None:
         if number in self.live:
