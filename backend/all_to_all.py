@@ -63,7 +63,7 @@ class AllToAll:
 
         Raises:
             ConfigError: the config does not fit the group, or differs between ranks.
-            PeerAccessError: the memory of a rank cannot be mapped.
+            PeerAccessError: the memory of a rank cannot be mapped, or its host not be reached.
             NativeNotBuiltError: the extension is missing.
             CudaError: there is no such device, or no driver; says which.
         """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moebius import Config, plan
 from moebius.bench.sweep import COLUMNS
@@ -66,6 +67,17 @@ def test_plan_of_a_cluster(tmp_path: Path) -> None:
     assert content["cluster"]["nic_gbit_per_s"] == 400
     refused = moebius(tmp_path, "plan", "--ranks", "12", "--experts", "48", code=2)
     assert "ConfigError: ranks must fill their nodes of 8 (got 12 ranks)" in refused
+
+
+def test_plan_of_a_recorded_routing(tmp_path: Path) -> None:
+    torch.save(
+        {"num_experts": 16, "num_topk": 2, "layers": {"a": torch.tensor([[0, 1], [0, 2], [0, -1]])}}, tmp_path / "r.pt"
+    )
+    text = moebius(tmp_path, "plan", "--ranks", "16", "--routing-trace", "r.pt", "--json", "plan.json")
+    assert "recorded routing" in text
+    content = read(tmp_path / "plan.json")
+    assert (content["config"]["num_experts"], content["config"]["num_topk"]) == (16, 2)
+    assert content["plan"][0]["ranks_a_token"] == pytest.approx(5 / 3)
 
 
 def test_bench(tmp_path: Path) -> None:

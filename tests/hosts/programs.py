@@ -80,6 +80,21 @@ class Gate(Accident):
             time.sleep(0.005)
 
 
+def open_gate(folder: Path, num_ranks: int, act: Callable[[], object]) -> None:
+    """Once all ranks have come, act and let them go on.
+
+    Raises:
+        TimeoutError: they did not all come.
+    """
+    deadline = time.monotonic() + WAIT_S
+    while len(list(folder.glob("*.here"))) < num_ranks:
+        if time.monotonic() > deadline:
+            raise TimeoutError("not all ranks came to the gate")
+        time.sleep(0.01)
+    act()
+    (folder / "open").touch()
+
+
 def run_through(
     folder: Path,
     pool: RankPool,
@@ -89,25 +104,13 @@ def run_through(
     absent: Collection[int] = (),
 ) -> list[Any]:
     """Run a program with a `Gate` in it on all ranks; `act` before the gate opens. `absent` as in `RankPool.run`."""
-    missing = []
-
-    def open_gate() -> None:
-        deadline = time.monotonic() + WAIT_S
-        while len(list(folder.glob("*.here"))) < len(jobs):
-            if time.monotonic() > deadline:
-                missing.append("not all ranks came to the gate")
-                return
-            time.sleep(0.01)
-        act()
-        (folder / "open").touch()
-
-    keeper = threading.Thread(target=open_gate)
+    keeper = threading.Thread(target=open_gate, args=(folder, len(jobs), act), daemon=True)
     keeper.start()
     try:
         return pool.run(program, jobs, absent=absent, timeout_s=90.0)
     finally:
         keeper.join(WAIT_S)
-        assert not missing, missing
+        assert (folder / "open").exists(), "not all ranks came to the gate"
 
 
 def alone_until_named(group: Any, config: Config, folder: str, rank: int) -> tuple[list[int], float]:

@@ -19,6 +19,7 @@ from tests.helpers.launch import RankPool
 from tests.helpers.rounds import check_rank, expect, of_rank
 from tests.hosts import programs
 from tests.hosts.namespaces import INTERFACE, Namespaces, why_not
+from tests.hosts.test_processes import program
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -102,6 +103,27 @@ def test_two_ranks_a_host(tmp_path: Path) -> None:
         others = {2, 3} if rank < 2 else {0, 1}
         assert set(named) == others, f"rank {rank} named {named}"
         assert longest < 15.0
+
+
+def test_programs_of_parted_hosts_end_by_themselves(tmp_path: Path) -> None:
+    """Each names the other, and its process ends as any does, though nobody answers any more."""
+    file = tmp_path / "program.py"
+    file.write_text(program())
+    with Namespaces(2) as hosts:
+        running = []
+        for rank, name in enumerate(hosts.names):
+            enter = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={INTERFACE}", "OMP_NUM_THREADS=1"]
+            command = [*enter, sys.executable, str(file), str(rank), str(tmp_path), "cut"]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        try:
+            programs.open_gate(tmp_path, 2, lambda: hosts.cut_off(1))
+            told = [process.communicate(timeout=60) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    assert [process.returncode for process in running] == [0, 0], told
+    for rank, (out, _) in enumerate(told):
+        assert out.split("\n")[:2] == [f"named {1 - rank}", "done"]
 
 
 def example() -> str:

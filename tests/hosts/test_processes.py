@@ -109,8 +109,9 @@ def test_a_stopped_rank_learns_that_it_was_given_up(hosts: str, tmp_path: Path) 
     assert BEFORE in woken.lost
 
 
+# Also run by test_namespaces, where "cut" waits until the test has parted the hosts.
 PROGRAM = """
-    import os, signal, sys
+    import os, pathlib, signal, sys, time
     import torch, torch.distributed as dist
     from moebius import AllToAll, Config, PeerTimeoutError
 
@@ -122,6 +123,10 @@ PROGRAM = """
     for number in range(3):
         if how == "killed" and rank == 1 and number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "cut" and number == 1:
+            pathlib.Path(folder, f"{rank}.here").touch()
+            while not pathlib.Path(folder, "open").exists():
+                time.sleep(0.01)
         try:
             recv = a2a.dispatch(x, ids, torch.ones(4, 2))
             a2a.combine(recv.x.clone(), recv)

@@ -81,7 +81,9 @@ def test_a_rank_that_is_cut_off_is_named(
     for rank in set(range(NUM_RANKS)) - {victim}:
         plan.check(rank, played[rank], [BEFORE])
         told = played[rank].lost[BEFORE]
-        assert (told["rank"], told["op"], told["half"], told["epoch"]) == (victim, op, "recv", BEFORE), told
+        assert (told["rank"], told["op"], told["epoch"]) == (victim, op, BEFORE), told
+        # What cannot leave keeps the outbox: a send that needs it again finds out.
+        assert told["half"] == "recv" or (stalled and told["half"] == "send"), told
         assert told["reason"] in ("deadline", "reported")
         assert played[rank].dead_ranks == (victim,)
     # What was cut off gives up the others, one after another, and is not held up by what cannot leave.
