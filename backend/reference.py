@@ -165,13 +165,15 @@ def local_experts(config: Config, inputs: RankInput, rank: int, num_ranks: int) 
 
 def dispatch(config: Config, inputs: Sequence[RankInput]) -> list[RankDispatched]:
     """What every rank receives when rank r dispatches `inputs[r]`."""
-    return [_dispatch_to(config, inputs, rank) for rank in range(len(inputs))]
+    wires = [wire_rows(config, source) for source in inputs]
+    return [_dispatch_to(config, inputs, wires, rank) for rank in range(len(inputs))]
 
 
-def _dispatch_to(config: Config, inputs: Sequence[RankInput], rank: int) -> RankDispatched:
+def _dispatch_to(
+    config: Config, inputs: Sequence[RankInput], wires: Sequence[tuple[Tensor, Tensor | None]], rank: int
+) -> RankDispatched:
     num_ranks, capacity = len(inputs), config.max_num_tokens
     num_local, num_rows = config.num_local_experts(num_ranks), num_ranks * capacity
-    wires = [wire_rows(config, source) for source in inputs]
     local = [local_experts(config, source, rank, num_ranks) for source in inputs]
     sent = [(choices >= 0).any(dim=1).nonzero()[:, 0] for choices in local]
 
@@ -182,6 +184,9 @@ def _dispatch_to(config: Config, inputs: Sequence[RankInput], rank: int) -> Rank
     for expert in range(num_local):
         begin = 0
         for source in range(num_ranks):
+            if sent[source].numel() == 0:  # of many ranks most send nothing here
+                layout_range[expert, source] = begin << 32
+                continue
             tokens = (local[source] == expert).any(dim=1).nonzero()[:, 0]
             count = tokens.numel()
             row_of[expert, source, tokens] = torch.arange(begin, begin + count)
@@ -200,6 +205,8 @@ def _dispatch_to(config: Config, inputs: Sequence[RankInput], rank: int) -> Rank
         if config.layout == "token_major":
             placed = rows[0].new_zeros(num_rows, rows[0].shape[1])
             for source, tokens in enumerate(sent):
+                if tokens.numel() == 0:
+                    continue
                 placed[source * capacity : source * capacity + tokens.numel()] = rows[source][tokens]
             return placed
         placed = rows[0].new_zeros(num_local, num_rows, rows[0].shape[1])
@@ -253,6 +260,8 @@ def combine(
         else:
             for rank, received in enumerate(dispatched):
                 tokens = received.sent[source]
+                if tokens.numel() == 0:
+                    continue
                 partial = _partial(config, source, rank, inputs, received, expert_out[rank]).to(output)
                 total[tokens] = total[tokens] + partial.to(torch.float32)
         combined.append(total.to(output))

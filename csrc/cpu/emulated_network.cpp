@@ -127,6 +127,12 @@ void EmulatedNetwork::post(Transfer transfer) {
   transfer.turn = pair_of.next_turn++;
   ++pair_of.num_waiting;
   pair_of.left_ns = std::max(pair_of.left_ns, now_ns() + some(conditions_.max_delay_ns));
+  if (conditions_.bytes_per_ns > 0) {
+    // It has left once the way out has carried it.
+    int64_t& free_ns = out_free_ns_[transfer.src];
+    free_ns = std::max(free_ns, pair_of.left_ns) + wire_ns(transfer.num_bytes);
+    pair_of.left_ns = free_ns;
+  }
   add(pair_of.left_ns, Step::kLeave, std::make_shared<Transfer>(std::move(transfer)), 0, 0);
 }
 
@@ -172,12 +178,10 @@ void EmulatedNetwork::leave(const std::shared_ptr<Transfer>& transfer, int64_t n
 
   int64_t arrival_ns = now;
   if (conditions_.bytes_per_ns > 0) {
-    const auto taken_ns = static_cast<int64_t>(t.num_bytes / conditions_.bytes_per_ns);
-    int64_t& out = out_free_ns_[t.src];
-    int64_t& in = in_free_ns_[t.dst];
-    out = std::max(out, now) + taken_ns;
-    in = std::max(in + taken_ns, out);  // both ways carry it at once
-    arrival_ns = in;
+    // The way in carries it at the same time, unless it has others to carry.
+    int64_t& free_ns = in_free_ns_[t.dst];
+    free_ns = std::max(free_ns + wire_ns(t.num_bytes), now);
+    arrival_ns = free_ns;
   }
   arrival_ns = std::max(arrival_ns + conditions_.latency_ns, pair_of.settled_ns);
   int64_t settled_ns = arrival_ns;

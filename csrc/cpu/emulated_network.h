@@ -94,6 +94,9 @@ class EmulatedNetwork {
   int64_t some(int64_t most) {
     return most > 0 ? std::uniform_int_distribution<int64_t>(0, most)(random_) : 0;
   }
+  int64_t wire_ns(int64_t num_bytes) const {
+    return static_cast<int64_t>(static_cast<double>(num_bytes) / conditions_.bytes_per_ns);
+  }
   void post(Transfer transfer);
   void add(
       int64_t time_ns, Step step, std::shared_ptr<Transfer> transfer, int64_t begin, int64_t end);

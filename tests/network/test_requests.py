@@ -36,7 +36,9 @@ def count(case: Case, network: VirtualNetwork, rounds: int = 3, chunk_bytes: int
             for one in halves:
                 getattr(one, half)(number)
             after = [network.requests(rank) for rank in range(case.num_ranks)]
-            found[-1].append([(b.put_signals - a.put_signals, b.puts - a.puts) for a, b in zip(before, after)])
+            found[-1].append(
+                [(b.put_signals - a.put_signals, b.puts - a.puts) for a, b in zip(before, after, strict=True)]
+            )
     for rank, got in enumerate(halves):
         check_rank(config, rank, got, expected)
         ranks[rank].close()

@@ -59,8 +59,8 @@ def test_large_groups(num_ranks: int, mode: str) -> None:
     assert network.num_refused == 0
     num_bytes = sum(network.requests(rank).num_bytes for rank in range(num_ranks))
     print(
-        f"\nEP{num_ranks} {mode}: {ROUNDS} rounds right on {num_ranks} ranks; {num_remote} requests a rank and half for "
-        f"{num_remote} remote ranks; heap {planned.total / 1e6:.2f} MB a rank as planned; "
+        f"\nEP{num_ranks} {mode}: {ROUNDS} rounds right on {num_ranks} ranks; {num_remote} requests a rank and half, "
+        f"for {num_remote} remote ranks; heap {planned.total / 1e6:.2f} MB a rank as planned; "
         f"{num_bytes / ROUNDS / num_ranks / 1e3:.1f} kB a rank and round over the network; "
         f"{made_s:.1f} s to make, {ran_s:.1f} s to run, {expected_s:.1f} s for the reference"
     )
