@@ -1,7 +1,7 @@
 """moebius: low-latency expert-parallel all-to-all for MoE decode.
 
-Layers; imports go down only: `deep_ep`, `vllm`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `slots`, `results`,
-`rounds`, `arguments`, `engines`, `cuda`, `plan`, `virtual_network` -> `wire`, `checks`, `faults` -> `native` ->
+Layers; imports go down only: `deep_ep`, `vllm`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `hosts`, `slots`,
+`results`, `rounds`, `arguments`, `engines`, `cuda`, `plan`, `virtual_network` -> `wire`, `checks`, `faults` -> `native` ->
 `config`, `errors`, `env`.
 """
 

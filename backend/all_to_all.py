@@ -39,6 +39,8 @@ class AllToAll:
     tensors kept (`record_stream`), as with any work on CUDA; on one stream there is nothing to do. Halves can be
     captured into graphs, and replays mixed with calls; all halves of a round belong to the same capture.
 
+    Ranks of one host share memory; between hosts, on the CPU only, messages travel over gloo (docs/hosts.md).
+
     Letters in the shapes: T tokens of this call (0 to M), M `max_num_tokens`, K top-k, H hidden, E experts, L local
     experts, R ranks.
     """
@@ -63,7 +65,7 @@ class AllToAll:
 
         Raises:
             ConfigError: the config does not fit the group, or differs between ranks.
-            PeerAccessError: the memory of a rank cannot be mapped.
+            PeerAccessError: the memory of a rank cannot be mapped, or its host not be reached.
             NativeNotBuiltError: the extension is missing.
             CudaError: there is no such device, or no driver; says which.
         """

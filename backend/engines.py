@@ -11,10 +11,13 @@ from . import heap, native, slots
 from .arguments import Place
 from .errors import ConfigError, MoebiusError, RoutingError
 from .faults import error_of
+from .group import VirtualRank
 from .rounds import Round, RoundTable
 from .wire import Wire, engine_fields, shape_fields, shape_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from .config import Config
@@ -111,6 +114,12 @@ class CpuEngine(Engine):
         self._layout = core.HeapLayout(shape)
         self.heap_bytes = self._layout.total
         self._heap = heap.allocate(group, self._layout, repr(config))
+        self._close_network: Callable[[], None] | None = None
+        if not isinstance(group, VirtualRank) and None in self._heap.segments:
+            from .hosts.network import join  # only here, for few have several hosts
+
+            self._heap.network = network = join(group, self._heap, self._layout, config.timeout_s)
+            self._close_network = network.close
         self._rounds = RoundTable(config.depth, is_in_place=config.layout == "token_major")
         self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
         self._native: Any = core.Engine(
@@ -183,7 +192,9 @@ class CpuEngine(Engine):
         """Nothing to wait for."""
 
     def close(self) -> None:
-        """Nothing to do: the memory goes with this object and the results that show it."""
+        """Disconnect from other hosts. The memory goes with this object and the results that show it."""
+        if self._close_network is not None:
+            self._close_network()
 
     def _buffers(self, slot: int, x: Tensor | None, scales: Tensor | None) -> slots.SlotBuffers:
         config, num_ranks = self._config, self._heap.num_ranks
@@ -236,7 +247,7 @@ def make(group: heap.Group, config: Config, device: torch.device, num_sms: int |
         if num_sms is not None:
             raise ConfigError(f"`num_sms` belongs to CUDA devices (got {num_sms!r} for the CPU)")
         return CpuEngine(group, config)
-    if len(set(heap.hosts(group))) > 1:
+    if isinstance(group, VirtualRank) and len(set(heap.hosts(group))) > 1:
         raise ConfigError("ranks on several hosts need the CPU engine")
     from .cuda.engine import CudaEngine
 

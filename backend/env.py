@@ -55,8 +55,15 @@ VLLM_NUM_SMS = Variable(
     "all of them",
     "SMs that a half may occupy on a GPU in vLLM; read when vLLM builds a layer",
 )
+HOST = Variable(
+    "MOEBIUS_HOST",
+    "a name",
+    "ranks that share kernel and namespaces share memory",
+    "ranks with different names use the network between them, even on one host; read when an object is made",
+)
 VARIABLES = (
     SIMD,
+    HOST,
     VLLM_FORMAT,
     VLLM_TRACE,
     VLLM_GLOO,
@@ -127,6 +134,11 @@ def vllm_num_sms() -> int | None:
     if value and not (value.isascii() and value.isdigit() and int(value)):
         raise ConfigError(f"`{VLLM_NUM_SMS.name}` must be a number from 1 on (got {value!r})")
     return int(value) if value else None
+
+
+def host() -> str:
+    """The name that sets this rank's host apart; empty for none."""
+    return os.environ.get(HOST.name, "")
 
 
 def for_child(defaults: dict[str, str]) -> dict[str, str]:

@@ -35,7 +35,10 @@ class StateError(MoebiusError):
 
 
 class PeerAccessError(MoebiusError):
-    """The memory of another rank cannot be mapped. Recover by the change of environment it names."""
+    """The memory of another rank cannot be mapped, or its host not be reached.
+
+    Recover by the change of environment it names.
+    """
 
 
 class NativeNotBuiltError(MoebiusError, ImportError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from . import native
+from . import env, native
 from .errors import ConfigError, PeerAccessError
 from .group import VirtualRank
 
@@ -28,8 +28,8 @@ class SymmetricHeap:
         rank: this rank.
         segments: [R] the heap of every rank, mapped here; None for a rank on another host.
         pids: [R] process of every rank; 0 for one that lives in this process or on another host.
-        num_cores: processor cores that the ranks may run on, all together.
-        network: the way to the ranks on other hosts; None where there are none.
+        num_cores: processor cores that the ranks of this host may run on, all together.
+        network: the way to the ranks on other hosts; None where there are none. For processes `engines` adds it.
     """
 
     rank: int
@@ -60,10 +60,13 @@ def rank_and_size(group: Group) -> tuple[int, int]:
 
 
 def hosts(group: Group) -> tuple[int, ...]:
-    """The host of every rank, by number; ranks of one host map each other's memory."""
-    if isinstance(group, VirtualRank) and group.world.network is not None:
-        return group.world.network.hosts(group.size)
-    return (0,) * rank_and_size(group)[1]
+    """The host of every rank, by number; ranks of one host map each other's memory. Collective over a process group."""
+    if isinstance(group, VirtualRank):
+        network = group.world.network
+        return network.hosts(group.size) if network is not None else (0,) * group.size
+    rank_and_size(group)
+    found = gather(group, _host())
+    return tuple(found.index(host) for host in found)
 
 
 def allocate(group: Group, layout: _core.HeapLayout, fingerprint: str) -> SymmetricHeap:
@@ -104,9 +107,13 @@ def _allocate_virtual(group: VirtualRank, layout: _core.HeapLayout, fingerprint:
 
 
 def _host() -> str:
-    """What two processes must share to open each other's memory: the kernel and the PID namespace."""
+    """What two processes share that open each other's memory: the kernel and the PID namespace.
+
+    And the network namespace: what has addresses of its own is a host, though its memory might be reached.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{platform.node()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    spaces = " ".join(str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("pid", "net"))
+    return f"{platform.node()} {boot} {spaces} {env.host()}"
 
 
 class _About(NamedTuple):
@@ -145,7 +152,7 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
         if peer == rank and mine is not None:
             segments.append(mine)
         elif theirs.host != about[rank].host:
-            error = f"ranks {rank} and {peer} do not share a host and a PID namespace, which the CPU engine needs"
+            segments.append(None)
         else:
             try:
                 segments.append(segment_type.attach(theirs.pid, theirs.fd, num_bytes))
@@ -157,8 +164,10 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
         mine.close_fd()
     if errors:
         raise PeerAccessError(errors[0])
-    pids = [0 if peer == rank else theirs.pid for peer, theirs in enumerate(about)]
-    return SymmetricHeap(rank, segments, pids, len(frozenset().union(*(theirs.cores for theirs in about))))
+    here = [theirs.host == about[rank].host for theirs in about]
+    pids = [theirs.pid if here[peer] and peer != rank else 0 for peer, theirs in enumerate(about)]
+    cores = frozenset().union(*(theirs.cores for peer, theirs in enumerate(about) if here[peer]))
+    return SymmetricHeap(rank, segments, pids, len(cores))
 
 
 def gather(group: dist.ProcessGroup, value: Any) -> list[Any]:

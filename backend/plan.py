@@ -29,8 +29,14 @@ class Plan:
     output_bytes: int
 
 
-def plan(config: Config, num_ranks: int) -> Plan:
+def plan(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Plan:
     """Compute the memory of one of `num_ranks` ranks.
+
+    Args:
+        config: the shape.
+        num_ranks: R.
+        ranks_per_host: ranks that map each other's memory; None is all of them. Where they are fewer than R, the heap
+            has an outbox for what leaves over the network.
 
     Raises:
         ConfigError: `num_ranks` does not divide the experts.
@@ -38,7 +44,8 @@ def plan(config: Config, num_ranks: int) -> Plan:
 
     Source: csrc/layout.h.
     """
-    layout = native.core().HeapLayout(shape_of(config, num_ranks))
+    has_outbox = ranks_per_host is not None and ranks_per_host < num_ranks
+    layout = native.core().HeapLayout(shape_of(config, num_ranks, has_outbox=has_outbox))
     output_bytes = 0
     if config.layout == "expert_major":
         wire = Wire.of(config)

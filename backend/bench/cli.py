@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -95,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     _load_flags(commands.add_parser("load", help="decode under open-loop arrivals, beside gloo: latency, SLO, knee"))
     add_flags(commands.add_parser("serve-bench", help="a model served by vLLM, over moebius and gloo in turn"))
 
-    plan = commands.add_parser("plan", help="bytes of every region, EP size by EP size, beside DeepEP V1")
+    plan = commands.add_parser("plan", help="memory, traffic and its least time on a cluster, EP size by EP size")
     _shape_flags(plan, many=False, experts=256, hidden=7168, tokens=128, payload="fp8_e4m3", any_ranks=True)
+    _cluster_flags(plan)
 
     doctor = commands.add_parser("doctor", help="what runs here, what does not, and why")
     doctor.add_argument("--json", type=pathlib.Path, metavar="PATH")
@@ -111,6 +111,18 @@ def _gpu_flags(bench: argparse.ArgumentParser) -> None:
     gpu.add_argument("--sms", type=_numbers, help="multiprocessors of a rank; 0: all, shared out (default 0)")
     gpu.add_argument("--budget", type=float, default=440.0, metavar="S", help="begin no point after so long (440)")
     gpu.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of results (default moebius-report/cuda)")
+
+
+def _cluster_flags(plan: argparse.ArgumentParser) -> None:
+    cluster = plan.add_argument_group("the cluster")
+    cluster.add_argument("--per-node", type=int, default=8, help="ranks that share NVLink, and no NIC (default 8)")
+    cluster.add_argument("--nic-gbps", type=float, default=400.0, help="Gbit/s of each rank's NIC (default 400)")
+    cluster.add_argument(
+        "--nvlink-gbps", type=float, default=450.0, help="GB/s of a rank's NVLink in one direction (default 450)"
+    )
+    cluster.add_argument(
+        "--routing-trace", type=pathlib.Path, metavar="FILE", help="recorded routing; E and K are its own"
+    )
 
 
 def _load_flags(load: argparse.ArgumentParser) -> None:
@@ -237,10 +249,15 @@ def _load(flags: argparse.Namespace) -> int:
 
 def _plan(flags: argparse.Namespace) -> int:
     from .machine import provenance
-    from .plan import plan_report, print_plan
+    from .plan import Machine, plan_report, print_plan
+    from .routing_trace import read_routing_trace
 
-    config: Config = dataclasses.replace(_workload(flags, ranks=1)).config()
-    report = plan_report(config, flags.ranks)
+    trace = None
+    if flags.routing_trace is not None:
+        trace = read_routing_trace(flags.routing_trace)
+        flags.experts, flags.topk = trace.num_experts, trace.num_topk
+    config: Config = _workload(flags, ranks=1).config()
+    report = plan_report(config, flags.ranks, Machine(flags.per_node, flags.nic_gbps, flags.nvlink_gbps, trace))
     print_plan(report)
     _write_json(flags.json, {"kind": "plan", **provenance(), **report})
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moebius import Config, plan
 from moebius.bench.sweep import COLUMNS
@@ -45,7 +46,7 @@ def test_plan_is_what_is_allocated(tmp_path: Path) -> None:
     assert sorted(rows) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     config = Config(num_experts=256, num_topk=8, hidden=7168, max_num_tokens=128, payload="fp8_e4m3")
     for ranks, row in rows.items():
-        assert row["heap_bytes"] == sum(row["regions"].values()) == plan(config, ranks).heap_bytes
+        assert row["heap_bytes"] == sum(row["regions"].values()) == plan(config, ranks, 8).heap_bytes
     assert rows[8]["heap_bytes"] <= 50_000_000
     assert "DeepEP V1" in text
 
@@ -53,6 +54,30 @@ def test_plan_is_what_is_allocated(tmp_path: Path) -> None:
 def test_plan_of_given_ranks(tmp_path: Path) -> None:
     moebius(tmp_path, "plan", "--ranks", "3,6", "--experts", "12", "--json", "plan.json")
     assert [row["ranks"] for row in read(tmp_path / "plan.json")["plan"]] == [3, 6]
+
+
+def test_plan_of_a_cluster(tmp_path: Path) -> None:
+    cluster = ("--ranks", "64", "--per-node", "8", "--nic-gbps", "400", "--nvlink-gbps", "450")
+    text = moebius(tmp_path, "plan", *cluster, "--json", "plan.json")
+    assert "DeepEP V1, docs/legacy.md" in text
+    assert "173 / 314" in text
+    content = read(tmp_path / "plan.json")
+    (row,) = content["plan"]
+    assert row["halves"]["dispatch"]["nic_requests"] == row["halves"]["combine"]["nic_requests"] == 56
+    assert content["cluster"]["nic_gbit_per_s"] == 400
+    refused = moebius(tmp_path, "plan", "--ranks", "12", "--experts", "48", code=2)
+    assert "ConfigError: ranks must fill their nodes of 8 (got 12 ranks)" in refused
+
+
+def test_plan_of_a_recorded_routing(tmp_path: Path) -> None:
+    torch.save(
+        {"num_experts": 16, "num_topk": 2, "layers": {"a": torch.tensor([[0, 1], [0, 2], [0, -1]])}}, tmp_path / "r.pt"
+    )
+    text = moebius(tmp_path, "plan", "--ranks", "16", "--routing-trace", "r.pt", "--json", "plan.json")
+    assert "recorded routing" in text
+    content = read(tmp_path / "plan.json")
+    assert (content["config"]["num_experts"], content["config"]["num_topk"]) == (16, 2)
+    assert content["plan"][0]["ranks_a_token"] == pytest.approx(5 / 3)
 
 
 def test_bench(tmp_path: Path) -> None:

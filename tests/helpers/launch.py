@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -22,7 +24,33 @@ Result = TypeVar("Result")
 Members = tuple[int, ...]
 
 START_TIMEOUT_S = 120.0  # importing torch in every process, on a busy machine
+CLONE_NEWNET = 0x40000000  # setns(2)
 PRELOAD = ["torch", "torch.distributed", "moebius", "tests.helpers.launch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a rank's process lives.
+
+    Attributes:
+        interface: of the network, that gloo takes its address from.
+        namespace: network namespace to enter, by name; empty to stay.
+        host: what `MOEBIUS_HOST` is set to.
+    """
+
+    interface: str = "lo"  # a machine may not resolve its own name
+    namespace: str = ""
+    host: str = ""
+
+    def enter(self) -> None:
+        """Move the calling process there, before it has threads."""
+        if self.namespace:
+            with open(f"/run/netns/{self.namespace}") as file:
+                libc = ctypes.CDLL(None, use_errno=True)
+                if libc.setns(file.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {self.namespace}")
+        os.environ["MOEBIUS_HOST"] = self.host
+        os.environ["GLOO_SOCKET_IFNAME"] = self.interface
 
 
 class RankError(AssertionError):
@@ -72,13 +100,21 @@ class RankPool:
     A job that fails ends the pool: its ranks may be at different places. Use it as a context manager.
     """
 
-    def __init__(self, num_ranks: int, *, groups: Sequence[Members] = (), method: str = "forkserver") -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        groups: Sequence[Members] = (),
+        method: str = "forkserver",
+        places: Sequence[Place] = (),
+    ) -> None:
         """Start the processes and their groups.
 
         Args:
             num_ranks: processes.
             groups: ranks of each group that jobs will run on, besides that of all.
             method: "forkserver" forks from a process that has imported torch; "spawn" starts each anew.
+            places: of each rank; by default all share this host.
         """
         self.num_ranks = num_ranks
         self.everyone: Members = tuple(range(num_ranks))
@@ -94,7 +130,9 @@ class RankPool:
         with without_main():
             for rank in range(num_ranks):
                 mine, theirs = multiprocessing.Pipe()
-                process = context.Process(target=serve, args=(rank, num_ranks, wanted, store, theirs), daemon=True)
+                place = places[rank] if places else Place()
+                arguments = (rank, num_ranks, wanted, store, theirs, place)
+                process = context.Process(target=serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self.processes.append(process)
@@ -252,13 +290,18 @@ class Prefixed(io.TextIOBase):
 
 
 def serve(
-    rank: int, num_ranks: int, groups: list[Members], store: str, pipe: multiprocessing.connection.Connection
+    rank: int,
+    num_ranks: int,
+    groups: list[Members],
+    store: str,
+    pipe: multiprocessing.connection.Connection,
+    place: Place,
 ) -> None:
     """Body of a process: join the groups, then answer jobs until an empty one or the end of the pipe."""
     sys.stdout = Prefixed(sys.stdout, f"[rank {rank}] ")
     sys.stderr = Prefixed(sys.stderr, f"[rank {rank}] ")
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine may not resolve its own name
     try:
+        place.enter()
         import torch
         import torch.distributed as dist
 

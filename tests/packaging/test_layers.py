@@ -12,7 +12,7 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "cuda", "engines", "group", "heap", "plan", "results", "rounds", "slots", "virtual_network"},
+    {"arguments", "cuda", "engines", "group", "heap", "hosts", "plan", "results", "rounds", "slots", "virtual_network"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)
