@@ -1,8 +1,8 @@
 """moebius: low-latency expert-parallel all-to-all for MoE decode.
 
 Layers; imports go down only: `deep_ep`, `vllm`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `hosts`, `slots`,
-`results`, `rounds`, `arguments`, `engines`, `cuda`, `plan`, `virtual_network` -> `wire`, `checks`, `faults` -> `native` ->
-`config`, `errors`, `env`.
+`results`, `rounds`, `arguments`, `engines`, `cuda`, `plan`, `virtual_network` -> `wire`, `checks`, `faults` ->
+`native` -> `config`, `errors`, `env`.
 """
 
 from ._version import __version__
