@@ -134,6 +134,8 @@ PROGRAM = """
             a2a.combine(recv.x.clone(), recv)
         except PeerTimeoutError as error:
             print("named", error.rank, flush=True)
+        if how == "forked" and number == 1 and os.fork() == 0:
+            sys.exit(0)  # what is open belongs to the parent, which goes on
     if how == "closed":
         a2a.close()
         a2a.close()
@@ -148,7 +150,7 @@ def program() -> str:
     return textwrap.dedent(PROGRAM)
 
 
-@pytest.mark.parametrize("how", ["closed", "forgotten", "dropped", "killed"])
+@pytest.mark.parametrize("how", ["closed", "forgotten", "dropped", "forked", "killed"])
 def test_a_program_ends_by_itself(how: str, tmp_path: Path) -> None:
     """With or without `close`, and when the other rank is dead: no crash at the end, and no hang."""
     file = tmp_path / "program.py"
