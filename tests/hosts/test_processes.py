@@ -70,6 +70,12 @@ def test_objects_come_and_go() -> None:
         assert pool.run(programs.open_and_close, [(config, 20)] * 3) == [0, 0, 0]
 
 
+def test_objects_that_are_let_go_of_disconnect() -> None:
+    with pool_of("ab") as pool:
+        config = Config(num_experts=4, num_topk=2, hidden=64, max_num_tokens=4)
+        assert pool.run(programs.dropped, [(config,)] * 2) == [[], []]
+
+
 def test_the_users_traffic_on_the_group_is_apart() -> None:
     with pool_of("abb") as pool:
         config = Config(num_experts=6, num_topk=2, hidden=64, max_num_tokens=4)
