@@ -254,6 +254,35 @@ class Rank {
     return engine_.dispatch_recv(epoch, recv);
   }
 
+  // expert_major: each expert has the rows routed to it, by source and token.
+  void check_received(int round, uint64_t epoch) {
+    if (case_.is_token_major) return;
+    const Buffers& b = buffers_[epoch % 2];
+    const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
+    for (int64_t l = 0; l < num_local(); ++l) {
+      const int64_t expert = rank_ * num_local() + l;
+      int64_t row = 0;
+      for (int src = 0; src < case_.ranks; ++src) {
+        for (const Token& token : tokens_of(case_, src, round)) {
+          const bool is_here =
+              std::find(token.ids.begin(), token.ids.end(), expert) != token.ids.end();
+          if (!is_here || engine_.is_dead(src)) continue;
+          const float* x = &b.x[(l * rows + row++) * case_.hidden];
+          for (int64_t c = 0; c < case_.hidden; ++c) {
+            REQUIRE(x[c] == channel(token.value, c),
+                    "%s: rank %d round %d: received %g from rank %d",
+                    case_.name,
+                    rank_,
+                    round,
+                    x[c],
+                    src);
+          }
+        }
+      }
+      REQUIRE(row == b.counts[l], "%s: rank %d round %d: counts", case_.name, rank_, round);
+    }
+  }
+
   bool reply(uint64_t epoch) {
     const int64_t row_bytes = case_.hidden * 4;
     const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
@@ -267,6 +296,7 @@ class Rank {
     if (!send(round)) return false;
     delay();
     if (!receive(epoch)) return false;
+    check_received(round, epoch);
     if (round % 7 == 3) return true;  // dispatch only, on every rank
     run_experts(epoch);
     delay();
