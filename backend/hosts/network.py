@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import datetime as dt
 import functools
+import os
 import threading
 import time
 import uuid
@@ -95,7 +96,7 @@ def _network_type() -> type:
             """Take the links over; they are closed after this object is gone, or when the program ends."""
             super().__init__()
             self._links = links
-            self._open = Open(list(links.values()), goodbye_s)
+            self._open = OpenLinks(list(links.values()), goodbye_s)
             weakref.finalize(self, self._open.close_later).atexit = False
 
         def put_signal(self, dst: int, offset: int, data: int, num_bytes: int, signal: int, word: int) -> None:
@@ -133,17 +134,20 @@ def _copy_of(address: int, num_bytes: int) -> torch.Tensor:
     return copy
 
 
-class Open:
+class OpenLinks:
     """Links to be closed once, by whoever is first: their user, the collector of garbage, the program's end."""
 
     def __init__(self, links: list[Link], goodbye_s: float) -> None:
         """Remember them."""
         self._links, self._goodbye_s = links, goodbye_s
         self._closing = threading.Lock()
+        self._process = os.getpid()
         _open.add(self)
 
     def close(self) -> None:
-        """Close them; a second caller waits for the first."""
+        """Close them; a second caller waits for the first. A process that was forked since has them not to close."""
+        if self._process != os.getpid():
+            return
         with self._closing:
             if self in _open:
                 close_links(self._links, self._goodbye_s)
@@ -154,7 +158,7 @@ class Open:
         threading.Thread(target=self.close, daemon=True, name="moebius-close").start()
 
 
-_open: set[Open] = set()
+_open: set[OpenLinks] = set()
 
 
 @atexit.register

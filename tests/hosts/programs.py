@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import threading
 import time
@@ -174,6 +175,22 @@ def construct_without_a_way(group: Any, config: Config) -> str:
 def environment() -> dict[str, str]:
     """For a process that starts anew."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def dropped(group: Any, config: Config) -> list[str]:
+    """Objects that are not closed, only let go of; the threads that stay."""
+    before = set(threading.enumerate())
+    for _ in range(3):
+        a2a = AllToAll(group, config)
+        recv = a2a.dispatch(torch.ones(1, config.hidden).bfloat16(), torch.tensor([[0, 1]]), torch.ones(1, 2))
+        a2a.combine(recv.x.clone(), recv)
+        dist.barrier(group)
+        del a2a, recv
+        gc.collect()
+    deadline = time.monotonic() + WAIT_S
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [thread.name for thread in left]
 
 
 def beside_other_traffic(group: Any, config: Config) -> bool:

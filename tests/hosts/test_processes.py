@@ -70,6 +70,12 @@ def test_objects_come_and_go() -> None:
         assert pool.run(programs.open_and_close, [(config, 20)] * 3) == [0, 0, 0]
 
 
+def test_objects_that_are_let_go_of_disconnect() -> None:
+    with pool_of("ab") as pool:
+        config = Config(num_experts=4, num_topk=2, hidden=64, max_num_tokens=4)
+        assert pool.run(programs.dropped, [(config,)] * 2) == [[], []]
+
+
 def test_the_users_traffic_on_the_group_is_apart() -> None:
     with pool_of("abb") as pool:
         config = Config(num_experts=6, num_topk=2, hidden=64, max_num_tokens=4)
@@ -134,6 +140,8 @@ PROGRAM = """
             a2a.combine(recv.x.clone(), recv)
         except PeerTimeoutError as error:
             print("named", error.rank, flush=True)
+        if how == "forked" and number == 1 and os.fork() == 0:
+            sys.exit(0)  # what is open belongs to the parent, which goes on
     if how == "closed":
         a2a.close()
         a2a.close()
@@ -148,7 +156,7 @@ def program() -> str:
     return textwrap.dedent(PROGRAM)
 
 
-@pytest.mark.parametrize("how", ["closed", "forgotten", "dropped", "killed"])
+@pytest.mark.parametrize("how", ["closed", "forgotten", "dropped", "forked", "killed"])
 def test_a_program_ends_by_itself(how: str, tmp_path: Path) -> None:
     """With or without `close`, and when the other rank is dead: no crash at the end, and no hang."""
     file = tmp_path / "program.py"
