@@ -1,5 +1,6 @@
-// Python's view of the CUDA engine, and, of the same source with MOEBIUS_SIMT, of the one on the
-// host executor. Raw addresses and integers only. backend/_cuda.pyi types it.
+// Python's view of the CUDA engine, and, of the same source, of the one on the host executor
+// (MOEBIUS_SIMT) and of the one over NVSHMEM (MOEBIUS_NVSHMEM). Raw addresses and integers only.
+// backend/_cuda.pyi types it, backend/_nvshmem.pyi what NVSHMEM adds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,9 @@
 
 #if defined(MOEBIUS_SIMT)
 #include "bindings/simt.h"
+#endif
+#if defined(MOEBIUS_NVSHMEM)
+#include "bindings/nvshmem.h"
 #endif
 
 namespace py = pybind11;
@@ -214,7 +218,8 @@ void bind_engine(py::module_& m) {
   // What waits for the device lets other threads of Python on: their ranks may be what it waits
   // for.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine")
+  // Local, as one process may load several of these modules.
+  py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine", py::module_local())
       .def(py::init(&make_engine),
            Unlocked(),
            py::kw_only(),
@@ -259,7 +264,7 @@ void bind_engine(py::module_& m) {
 }
 
 void bind_memory(py::module_& m) {
-  py::class_<Memory, std::unique_ptr<Memory, UnlockedDelete>>(m, "Memory")
+  py::class_<Memory, std::unique_ptr<Memory, UnlockedDelete>>(m, "Memory", py::module_local())
       .def(py::init<int, size_t>(), Unlocked(), py::arg("device"), py::arg("num_bytes"))
       .def_property_readonly("address",
                              [](const Memory& m) { return reinterpret_cast<uintptr_t>(m.data()); })
@@ -289,6 +294,10 @@ void translate(std::exception_ptr raised) {
 PYBIND11_MODULE(_simt, m) {
   m.doc() = "moebius CUDA engine on the host executor; for tests";
   moebius::simt::bind(m);
+#elif defined(MOEBIUS_NVSHMEM)
+PYBIND11_MODULE(_nvshmem, m) {
+  m.doc() = "moebius CUDA engine over NVSHMEM";
+  moebius::nvshmem::bind(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "moebius CUDA engine";
