@@ -12,11 +12,11 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "cuda", "engines", "group", "heap", "plan", "results", "rounds", "slots"},
+    {"arguments", "cuda", "engines", "group", "heap", "nvshmem", "plan", "results", "rounds", "slots"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)
-EXTENSIONS = {"_core", "_cuda"}
+EXTENSIONS = {"_core", "_cuda", "_nvshmem"}
 FOLDERS = {"backend": "moebius", "graphs": "moebius.graphs"}  # folder -> installed name
 
 
