@@ -108,6 +108,8 @@ def nvshmem(nvcc: str, home: Path) -> Pybind11Extension:
     made.library_dirs.append(str(home / "lib"))
     # -l:name takes the file as it is called; the wheel has no libnvshmem_host.so to be found by -lnvshmem_host.
     made.extra_link_args += ["-l:libnvshmem_host.so.3", "-lnvshmem_device", "-lcudadevrt"]
+    # Or the copy of the device library that another extension has (torch's) could take the place of this one's.
+    made.extra_link_args += ["-Wl,--exclude-libs,ALL"]
     made.extra_link_args += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]  # once more: those before need them
     return made
 

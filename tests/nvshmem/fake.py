@@ -14,7 +14,7 @@ class FakeNvshmem:
         calls: names of what was called, in order.
     """
 
-    def __init__(self, *, num_devices: int = 1, far: frozenset[int] = frozenset(), room: int = 1 << 20) -> None:
+    def __init__(self, *, num_devices: int = 1, far: frozenset[int] = frozenset(), room: int = 1 << 24) -> None:
         self.calls: list[str] = []
         self.far = far
         self.built: tuple[int, int, int] = (3, 4, 5)
