@@ -65,7 +65,7 @@ def test_two_ranks_by_direct_addresses(pair: RankPool, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("routing", ["ragged", "one_expert"])
+@pytest.mark.parametrize("routing", ["ragged", "hot"])
 def test_two_ranks_by_puts(
     pair: RankPool, mode: Any, routing: str, record_property: Any
 ) -> None:
