@@ -31,10 +31,7 @@ inline void bind(py::module_& m) {
       [](size_t num_bytes) { return reinterpret_cast<uintptr_t>(allocate(num_bytes)); },
       Unlocked());
   m.def("release", [](uintptr_t p) { release(at_address(p)); }, Unlocked());
-  m.def(
-      "zero",
-      [](uintptr_t p, size_t num_bytes) { zero(at_address(p), num_bytes); },
-      Unlocked());
+  m.def("zero", [](uintptr_t p, size_t num_bytes) { zero(at_address(p), num_bytes); }, Unlocked());
   m.def("peer", [](uintptr_t p, int rank) {
     return reinterpret_cast<uintptr_t>(peer(at_address(p), rank));
   });

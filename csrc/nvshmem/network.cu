@@ -3,9 +3,9 @@
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
-// What is used is in 3.4.5, and the same in later versions. Of what came later, queue pairs of one's
-// own (nvshmemx_qp_*, 3.5.19) could spread the puts of one peer, of which there is one for each half;
-// puts by the bulk copy engine (3.7) are for peers in reach, which are written directly.
+// What is used is in 3.4.5, and the same in later versions. Of what came later, queue pairs of
+// one's own (nvshmemx_qp_*, 3.5.19) could spread the puts of one peer, of which there is one for
+// each half; puts by the bulk copy engine (3.7) are for peers in reach, which are written directly.
 static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "moebius needs NVSHMEM 3.4.5 or later");
 
 namespace moebius::cuda {

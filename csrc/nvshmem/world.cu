@@ -36,8 +36,7 @@ class OwnStream {
 }  // namespace
 
 Version version_built() {
-  return {
-      NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION, NVSHMEM_VENDOR_PATCH_VERSION};
+  return {NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION, NVSHMEM_VENDOR_PATCH_VERSION};
 }
 
 Version version_loaded() {
@@ -65,14 +64,16 @@ void init(int rank, int num_ranks, const std::string& unique_id) {
   const nvshmemi_version_t version = {
       NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION, NVSHMEM_VENDOR_PATCH_VERSION};
   int provided = 0;
-  check_nvshmem(nvshmemi_init_thread(NVSHMEM_THREAD_SERIALIZED,
-                                     &provided,
-                                     NVSHMEMX_INIT_WITH_UNIQUEID,
-                                     &attributes,
-                                     version),
-                "nvshmemx_init_attr");
+  check_nvshmem(
+      nvshmemi_init_thread(
+          NVSHMEM_THREAD_SERIALIZED, &provided, NVSHMEMX_INIT_WITH_UNIQUEID, &attributes, version),
+      "nvshmemx_init_attr");
   if (nvshmemx_init_status() < NVSHMEM_STATUS_IS_INITIALIZED) {
-    throw DeviceError("nvshmemx_init_attr", -1, "NVSHMEM found no device to initialise on");
+    throw DeviceError(
+        "nvshmemx_init_attr",
+        -1,
+        "NVSHMEM found no way between two of the ranks, neither peer access nor a NIC with a "
+        "transport of its (NVSHMEM_REMOTE_TRANSPORT); NVSHMEM_DEBUG=INFO makes it say why");
   }
   const int pe = nvshmem_my_pe(), num_pes = nvshmem_n_pes();
   if (pe != rank || num_pes != num_ranks) {

@@ -66,9 +66,7 @@ def test_two_ranks_by_direct_addresses(pair: RankPool, mode: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("routing", ["ragged", "hot"])
-def test_two_ranks_by_puts(
-    pair: RankPool, mode: Any, routing: str, record_property: Any
-) -> None:
+def test_two_ranks_by_puts(pair: RankPool, mode: Any, routing: str, record_property: Any) -> None:
     for rank, seen in enumerate(check_rounds(pair, Case(mode=mode, routing=routing, hidden=512), by_puts=True)):
         print(f"rank {rank} saw {seen}")
         assert seen["direct"].count(False) == 1

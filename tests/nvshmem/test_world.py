@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import moebius
-from moebius import AllToAll, Config, ConfigError, CudaError, PeerAccessError, native
+from moebius import AllToAll, Config, ConfigError, CudaError, PeerAccessError, heap, native
 from moebius.arguments import Place
 from moebius.cuda import engine
 from moebius.errors import NativeNotBuiltError, StateError, VersionError
@@ -17,7 +17,7 @@ from moebius.nvshmem import memory, world
 from tests.nvshmem.fake import FakeNvshmem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 DEVICE = torch.device("cuda", 0)
 CONFIG = Config(num_experts=4, num_topk=2, hidden=1024, max_num_tokens=16)
@@ -35,12 +35,12 @@ class Group:
 
 
 @pytest.fixture
-def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
+def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made = Group()
     monkeypatch.setattr(world, "_world", None)
     monkeypatch.setattr(world, "_finalize_at_exit", lambda machine: None)
-    monkeypatch.setattr(world.heap, "gather", made.gather)
-    monkeypatch.setattr(world.heap, "rank_and_size", lambda group: (0, 2))
+    monkeypatch.setattr(heap, "gather", made.gather)
+    monkeypatch.setattr(heap, "rank_and_size", lambda group: (0, 2))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: group.members)
     # What torch would ask a driver for.
     monkeypatch.setattr(torch.cuda, "device", torch.device)
@@ -60,7 +60,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeNvshmem) -> FakeNvshmem:
         return engine.Machine(extension, device, device.index, Place(), lambda: 0)
 
     monkeypatch.setattr(native, "nvshmem", lambda: fake)
-    monkeypatch.setattr(world.Machine, "of_device", of_device)
+    monkeypatch.setattr(engine.Machine, "of_device", of_device)
     return fake
 
 
@@ -191,9 +191,7 @@ def test_the_transport_is_checked() -> None:
         AllToAll(rank, CONFIG, "cuda", transport="pigeon")
 
 
-def test_without_the_host_library_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_without_the_host_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delenv("NVSHMEM_HOME", raising=False)
     with pytest.raises(NativeNotBuiltError, match=r"pip install 'moebius\[nvshmem-cu13\]'"):
