@@ -16,17 +16,17 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_DEPENDENCIES := $(VLLM_VENV)/.stamp-dependencies
 VLLM_INSTALLED := $(VLLM_VENV)/.stamp-installed
-VLLM_VERSIONS := build/vllm-versions/.stamp-unpacked
+VLLM_VERSIONS := build/vllm-versions
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 FIND_CXX := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev ext typing lint types format check model sass sanitize vllm test-vllm vllm-versions clean
+.PHONY: help demo test dev ext typing lint types format check model sass sanitize vllm test-vllm vllm-sources vllm-versions clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: dev  ## decode steps of an MoE layer over several processes, checked and timed; options in ARGS="..."
 	$(BIN)/python -m moebius demo $(ARGS)
@@ -73,8 +73,11 @@ vllm: $(EXTENSION) $(VLLM_INSTALLED)  ## an environment with vLLM for the CPU (3
 test-vllm: vllm  ## the tests against the real vLLM; pytest's options in ARGS="..."
 	$(VLLM_BIN)/python -m pytest tests/vllm tests/examples $(ARGS)
 
-vllm-versions: vllm $(VLLM_VERSIONS)  ## what other versions of vLLM have to say (600 MB of wheels)
-	$(VLLM_BIN)/python -m tests.vllm.versions test build/vllm-versions $(ARGS)
+vllm-sources: vllm  ## the Python files of other versions of vLLM (130 MB of source archives)
+	$(VLLM_BIN)/python -m tests.vllm.versions fetch $(VLLM_VERSIONS)
+
+vllm-versions: vllm-sources  ## what other versions of vLLM have to say; ARGS=e2e for whole runs
+	$(VLLM_BIN)/python -m tests.vllm.versions test $(VLLM_VERSIONS) $(ARGS)
 
 clean:  ## remove what was built, and the caches; .venv and .venv-vllm stay
 	rm -rf build dist *.egg-info backend/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -115,12 +118,4 @@ $(VLLM_DEPENDENCIES): requirements-vllm.txt tests/vllm/versions.py
 
 $(VLLM_INSTALLED): setup.py pyproject.toml backend/_version.py $(VLLM_DEPENDENCIES) | $(EXTENSION)
 	$(VLLM_BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
-	@touch $@
-
-$(VLLM_VERSIONS): tests/vllm/versions.py | $(VLLM_DEPENDENCIES)
-	mkdir -p $(@D)
-	for version in $$($(VLLM_BIN)/python -m tests.vllm.versions list); do \
-	  $(VLLM_BIN)/pip download -q --no-deps --only-binary :all: -d $(@D) $$version || exit 1; done
-	$(VLLM_BIN)/python -m tests.vllm.versions unpack $(@D)
-	rm -f $(@D)/*.whl
 	@touch $@

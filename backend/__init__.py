@@ -1,7 +1,8 @@
 """moebius: low-latency expert-parallel all-to-all for MoE decode.
 
 Layers; imports go down only: `deep_ep`, `vllm`, `bench` -> `all_to_all`, `ops` -> `heap`, `group`, `slots`, `results`,
-`rounds`, `arguments`, `engines`, `plan` -> `wire`, `checks`, `faults` -> `native` -> `config`, `errors`, `env`.
+`rounds`, `arguments`, `engines`, `cuda`, `plan`, `virtual_network` -> `wire`, `checks`, `faults` -> `native` ->
+`config`, `errors`, `env`.
 """
 
 from ._version import __version__
@@ -25,6 +26,7 @@ from .errors import (
 from .group import VirtualRank, virtual_ranks
 from .plan import Plan, plan
 from .results import Dispatched, PendingCombine, PendingDispatch
+from .virtual_network import VirtualNetwork
 
 __all__ = [
     "AllToAll",
@@ -46,6 +48,7 @@ __all__ = [
     "UnknownKeywordError",
     "UnsupportedError",
     "VersionError",
+    "VirtualNetwork",
     "VirtualRank",
     "__version__",
     "plan",

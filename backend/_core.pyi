@@ -62,6 +62,25 @@ def deliver(
     layout: HeapLayout, heap: Segment, src: int, offset: int, data: Buffer, signal: int, word: int, /
 ) -> bool: ...
 
+class EmulatedNetwork:
+    def __init__(
+        self,
+        *,
+        layout: HeapLayout,
+        heaps: Sequence[Segment],
+        seed: int,
+        latency_ns: int,
+        max_delay_ns: int,
+        max_piece_bytes: int,
+        bytes_per_ns: float,
+    ) -> None: ...
+    def way_out(self, rank: int, /) -> Network: ...
+    def cut(self, a: int, b: int, after_ns: int, is_stalled: bool, /) -> None: ...
+    def traffic(self, rank: int, /) -> tuple[int, int, int]: ...
+    @property
+    def num_refused(self) -> int: ...
+    def wait_idle(self, timeout_ns: int, /) -> bool: ...
+
 class Engine:
     def __init__(
         self,

@@ -42,6 +42,8 @@ class Config:
         payload_bytes: bytes of one opaque token, a multiple of 16.
         scale_bytes: bytes of scales that travel beside one opaque token, a multiple of 4; 0 for none.
         depth: D, rounds that may be open at once.
+        chunk_bytes: most bytes of one message of dispatch to a rank on another host, so that the network carries the
+            first while the next are written; 0 sends one message to each rank.
         timeout_s: deadline of every wait, in seconds.
 
     Raises:
@@ -62,6 +64,7 @@ class Config:
     payload_bytes: int = 0
     scale_bytes: int = 0
     depth: int = 2
+    chunk_bytes: int = 0
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class Config:
         self._check_int("depth", 2, MAX_DEPTH)
         self._check_int("payload_bytes", 0, 1 << 26)
         self._check_int("scale_bytes", 0, 1 << 20)
+        self._check_int("chunk_bytes", 0, 1 << 40)
         for name, choices in (
             ("payload", get_args(Payload)),
             ("scale_format", get_args(ScaleFormat)),

@@ -107,19 +107,22 @@ class CpuEngine(Engine):
         self._wire = Wire.of(config)
         _, num_ranks = heap.rank_and_size(group)
         core = native.core()
-        self._layout = core.HeapLayout(shape_of(config, num_ranks))
+        shape = shape_of(config, num_ranks, has_outbox=len(set(heap.hosts(group))) > 1)
+        self._layout = core.HeapLayout(shape)
         self.heap_bytes = self._layout.total
-        self._heap = heap.allocate(group, self.heap_bytes, repr(config))
+        self._heap = heap.allocate(group, self._layout, repr(config))
         self._rounds = RoundTable(config.depth, is_in_place=config.layout == "token_major")
         self._slots: list[slots.SlotBuffers | None] = [None] * config.depth
         self._native: Any = core.Engine(
-            shape=shape_of(config, num_ranks),
+            shape=shape,
             **engine_fields(config),
             num_cores=self._heap.num_cores,
             rank=self._heap.rank,
             heaps=self._heap.segments,
             pids=self._heap.pids,
             simd=native.simd_level(),
+            network=self._heap.network,
+            chunk_bytes=config.chunk_bytes,
         )
 
     @property
@@ -190,6 +193,7 @@ class CpuEngine(Engine):
         if made is None:
             if config.layout == "token_major":
                 mine = self._heap.segments[self._heap.rank]
+                assert mine is not None  # the own heap is always mapped
                 made = slots.token_major(config, self._wire, num_ranks, slot, mine, self._layout).for_cpu()
             else:
                 made = slots.expert_major(config, self._wire, num_ranks, self.device).for_cpu()
@@ -234,6 +238,8 @@ def make(group: heap.Group, config: Config, device: torch.device, num_sms: int |
         if transport != "auto":
             raise ConfigError(f"`transport` belongs to CUDA devices (got {transport!r} for the CPU)")
         return CpuEngine(group, config)
+    if len(set(heap.hosts(group))) > 1:
+        raise ConfigError("ranks on several hosts need the CPU engine")
     from .cuda.engine import CudaEngine
 
     return CudaEngine.on_device(group, config, device, num_sms, transport)

@@ -34,7 +34,7 @@ SIMD = Variable(
 VLLM_FORMAT = Variable(
     "MOEBIUS_VLLM_FORMAT",
     ("batched", "standard"),
-    "standard on the CPU, batched elsewhere",
+    "what a layer's experts take; batched is asked for first, on the CPU standard",
     "how vLLM's experts get their tokens: packed by expert, or as they arrived; read when vLLM builds a layer",
 )
 VLLM_TRACE = Variable(

@@ -11,15 +11,18 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .virtual_network import VirtualNetwork
+
 MAX_RANKS = 4096  # arbitrary, a power of two: twice the largest expert-parallel group that was ever published
 
 
 class VirtualWorld:
     """What the virtual ranks of one process share, in the order in which each of them asks."""
 
-    def __init__(self, size: int) -> None:
-        """Make an empty world of `size` ranks."""
+    def __init__(self, size: int, network: VirtualNetwork | None = None) -> None:
+        """Make an empty world of `size` ranks, all on one host where there is no network."""
         self.size = size
+        self.network = network
         self._lock = threading.Lock()
         self._asked = [0] * size
         self._shared: dict[int, tuple[str, Any, int]] = {}
@@ -66,11 +69,15 @@ class VirtualRank:
         return self.world.share(self.rank, fingerprint, make)
 
 
-def virtual_ranks(num_ranks: int) -> list[VirtualRank]:
+def virtual_ranks(num_ranks: int, network: VirtualNetwork | None = None) -> list[VirtualRank]:
     """Make `num_ranks` ranks that live in this process, to be used by one thread each or by one thread in turn.
 
     One thread can drive them all in hook mode, every send half before the first receive half, as long as every round
     is combined: a dispatch that has to close one that was not waits for the other ranks to do the same.
+
+    Args:
+        num_ranks: how many.
+        network: puts them on several virtual hosts, with an emulated network in between; CPU only.
 
     Raises:
         ConfigError: `num_ranks` is not an int of at least 1, or more than a process could ever hold.
@@ -79,5 +86,5 @@ def virtual_ranks(num_ranks: int) -> list[VirtualRank]:
         raise ConfigError(f"`num_ranks` must be an int of at least 1 (got {num_ranks!r})")
     if num_ranks > MAX_RANKS:
         raise ConfigError(f"`num_ranks` must be at most {MAX_RANKS} (got {num_ranks})")
-    world = VirtualWorld(num_ranks)
+    world = VirtualWorld(num_ranks, network)
     return [VirtualRank(world, rank) for rank in range(num_ranks)]

@@ -26,15 +26,17 @@ class SymmetricHeap:
 
     Attributes:
         rank: this rank.
-        segments: [R] the heap of every rank, mapped here.
-        pids: [R] process of every rank; 0 for one that lives in this process.
+        segments: [R] the heap of every rank, mapped here; None for a rank on another host.
+        pids: [R] process of every rank; 0 for one that lives in this process or on another host.
         num_cores: processor cores that the ranks may run on, all together.
+        network: the way to the ranks on other hosts; None where there are none.
     """
 
     rank: int
-    segments: list[_core.Segment]
+    segments: list[_core.Segment | None]
     pids: list[int]
     num_cores: int
+    network: _core.Network | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -57,14 +59,21 @@ def rank_and_size(group: Group) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def allocate(group: Group, num_bytes: int, fingerprint: str) -> SymmetricHeap:
-    """Make a heap of `num_bytes` on every rank of the group and map them all.
+def hosts(group: Group) -> tuple[int, ...]:
+    """The host of every rank, by number; ranks of one host map each other's memory."""
+    if isinstance(group, VirtualRank) and group.world.network is not None:
+        return group.world.network.hosts(group.size)
+    return (0,) * rank_and_size(group)[1]
+
+
+def allocate(group: Group, layout: _core.HeapLayout, fingerprint: str) -> SymmetricHeap:
+    """Make a heap of the layout's size on every rank of the group, and map those of this rank's host.
 
     Collective over a process group. Virtual ranks share what the first of them makes.
 
     Args:
         group: the ranks.
-        num_bytes: size of each rank's heap.
+        layout: of every heap; with an outbox if the ranks are on several hosts.
         fingerprint: what all ranks must agree on, in words.
 
     Raises:
@@ -72,21 +81,26 @@ def allocate(group: Group, num_bytes: int, fingerprint: str) -> SymmetricHeap:
         PeerAccessError: a rank's memory cannot be mapped here; raised on every rank.
     """
     if isinstance(group, VirtualRank):
-        return _allocate_virtual(group, num_bytes, fingerprint)
-    return _allocate_processes(group, num_bytes, fingerprint)
+        return _allocate_virtual(group, layout, fingerprint)
+    return _allocate_processes(group, layout.total, fingerprint)
 
 
-def _allocate_virtual(group: VirtualRank, num_bytes: int, fingerprint: str) -> SymmetricHeap:
+def _allocate_virtual(group: VirtualRank, layout: _core.HeapLayout, fingerprint: str) -> SymmetricHeap:
     segment = native.core().Segment
+    host_of = hosts(group)
 
-    def make() -> list[_core.Segment]:
-        segments = [segment.create(num_bytes) for _ in range(group.size)]
+    def make() -> tuple[list[_core.Segment], _core.EmulatedNetwork | None]:
+        segments = [segment.create(layout.total) for _ in range(group.size)]
         for made in segments:
             made.close_fd()
-        return segments
+        network = group.world.network
+        is_needed = network is not None and len(set(host_of)) > 1
+        return segments, network.connect(layout, segments) if is_needed and network is not None else None
 
-    segments = group.share(fingerprint, make)
-    return SymmetricHeap(group.rank, segments, [0] * group.size, len(os.sched_getaffinity(0)))
+    segments, network = group.share(fingerprint, make)
+    mapped = [made if host_of[peer] == host_of[group.rank] else None for peer, made in enumerate(segments)]
+    way_out = None if network is None else network.way_out(group.rank)
+    return SymmetricHeap(group.rank, mapped, [0] * group.size, len(os.sched_getaffinity(0)), way_out)
 
 
 def _host() -> str:
@@ -123,7 +137,7 @@ def _allocate_processes(group: dist.ProcessGroup, num_bytes: int, fingerprint: s
                 f"(rank {peer} got {theirs.fingerprint})"
             )
 
-    segments: list[_core.Segment] = []
+    segments: list[_core.Segment | None] = []
     error = next((theirs.error for theirs in about if theirs.error), "")
     for peer, theirs in enumerate(about):
         if error:

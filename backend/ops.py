@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import StateError
+from .results import RESULT_NAMES, ResultTensors
 
 if TYPE_CHECKING:
     from .all_to_all import AllToAll
@@ -22,43 +24,29 @@ if TYPE_CHECKING:
 # The only global state of the package: an operator's arguments cannot be objects. Weak, so that it keeps nothing alive.
 _live: weakref.WeakValueDictionary[int, AllToAll] = weakref.WeakValueDictionary()
 
+COUNT_BITS = 24  # of an object's number: the objects that a process makes; above them, of its config
+
 _library: Any = torch.library.Library("moebius", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "dispatch_send(Tensor(a!) state, int owner, Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, "
     "Tensor? num_valid_tokens) -> Tensor"
 )
-_library.define("dispatch_recv(Tensor(a!) state, int owner, Tensor round) -> (" + ", ".join(["Tensor"] * 8) + ")")
+# One that a config has none of is an empty tensor in the operator's result and None to the caller.
+_library.define(
+    f"dispatch_recv(Tensor(a!) state, int owner, Tensor round) -> ({', '.join(['Tensor'] * len(RESULT_NAMES))})"
+)
 _library.define(
     "combine_send(Tensor(a!) state, int owner, Tensor round, Tensor expert_out, Tensor? topk_weights) -> Tensor"
 )
 _library.define("combine_recv(Tensor(a!) state, int owner, Tensor round, SymInt num_tokens) -> Tensor")
 
 _pending: weakref.WeakKeyDictionary[AllToAll, dict[int, Any]] = weakref.WeakKeyDictionary()
-# Outputs of dispatch_recv, in order; one that a config has none of is an empty tensor there and None to the caller.
-RESULTS = (
-    "x",
-    "scales",
-    "expert_num_tokens",
-    "src_num_tokens",
-    "topk_ids",
-    "topk_weights",
-    "src_info",
-    "layout_range",
-)
 
 
 @dataclasses.dataclass
-class TracedDispatched:
+class TracedDispatched(ResultTensors):
     """`Dispatched`, as compiled code sees it: the same names, in tensors of its own."""
 
-    x: Tensor
-    scales: Tensor | None
-    expert_num_tokens: Tensor
-    src_num_tokens: Tensor
-    topk_ids: Tensor | None
-    topk_weights: Tensor | None
-    src_info: Tensor | None
-    layout_range: Tensor | None
     num_tokens: int
     round: Tensor
 
@@ -96,7 +84,13 @@ class Traced:
     """The calls of one `AllToAll` as operators."""
 
     def __init__(self, owner: AllToAll, number: int) -> None:
-        """Register the object under its number."""
+        """Register the object under a number of its own, made of `number`.
+
+        What compilers keep on disk is found again by the calls alone, in which only the number stands for the shape of
+        the results: so it has to differ between configs.
+        """
+        shape = f"{owner.config!r} {owner.num_ranks} {owner.device}"
+        number |= zlib.crc32(shape.encode()) << COUNT_BITS
         self.number = number
         self.state = torch.zeros(1, dtype=torch.int64, device="cpu")
         is_token_major = owner.config.layout == "token_major"
@@ -121,7 +115,7 @@ class Traced:
     def dispatch_recv(self, begun: Tensor, num_tokens: int) -> TracedDispatched:
         """The operator of `PendingDispatch.receive`."""
         tensors = torch.ops.moebius.dispatch_recv(self.state, self.number, begun)
-        found: dict[str, Any] = {n: None if n in self.missing else tensors[i] for i, n in enumerate(RESULTS)}
+        found: dict[str, Any] = {n: None if n in self.missing else tensors[i] for i, n in enumerate(RESULT_NAMES)}
         return TracedDispatched(num_tokens=num_tokens, round=begun, **found)
 
     def combine_send(
@@ -161,7 +155,7 @@ def _dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tensor, ..
     slot = int(begun) % a2a.config.depth
     recv = _take(a2a, slot, int(begun)).receive()
     _pending[a2a][slot] = recv
-    found = (getattr(recv, name) for name in RESULTS)
+    found = (getattr(recv, name) for name in RESULT_NAMES)
     return tuple(state.new_empty(0) if tensor is None else tensor.clone() for tensor in found)
 
 
@@ -212,7 +206,7 @@ def _fake_dispatch_recv(state: Tensor, owner: int, begun: Tensor) -> tuple[Tenso
     if "scales" not in a2a.traced.missing and not is_token_major and config.payload == "fp8_e4m3":
         columns = (num_local, wire.scale_len, num_rows)
         made["scales"] = state.new_empty(columns, dtype=wire.scale_dtype, device=device).transpose(1, 2)
-    return tuple(made[name] for name in RESULTS)
+    return tuple(made[name] for name in RESULT_NAMES)
 
 
 def _fake_combine_recv(state: Tensor, owner: int, begun: Tensor, num_tokens: int) -> Tensor:

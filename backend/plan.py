@@ -20,7 +20,8 @@ class Plan:
         regions: (name, bytes) of each part of the symmetric heap, in order.
         heap_bytes: their sum; exactly what `AllToAll` allocates to share.
         output_bytes: the private buffers that expert_major results are packed into, `depth` of them; reserved, and
-            touched only as far as tokens arrive. 0 for token_major, which shows the heap itself.
+            touched only as far as tokens arrive. 0 for token_major, which on the CPU shows the heap itself; on CUDA
+            a result is a copy, of the rows of one dispatch inbox.
     """
 
     regions: tuple[tuple[str, int], ...]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import SCALE_GROUP, Config, ScaleFormat
+from .results import ResultTensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,31 +52,15 @@ class RankInput:
         return self.num_tokens if self.num_valid_tokens is None else min(self.num_valid_tokens, self.num_tokens)
 
 
-@dataclasses.dataclass(frozen=True)
-class RankDispatched:
-    """What dispatch gives one rank; the fields of `Dispatched`, rows that are undefined there are zero here.
+@dataclasses.dataclass
+class RankDispatched(ResultTensors):
+    """What dispatch gives one rank: the tensors of `Dispatched`, zero in rows that are undefined there.
 
     Attributes:
-        x: expert_major [L, R*M, H], token_major [R*M, H].
-        scales: beside `x`; None where the payload has none.
-        expert_num_tokens: [L] int32.
-        src_num_tokens: [R] int32.
-        topk_ids: [R*M, K] int32 local experts or -1; token_major only.
-        topk_weights: [R*M, K] fp32, defined where `topk_ids` is an expert; token_major only.
-        src_info: [L, R*M] int32 token index at its source; expert_major only.
-        layout_range: [L, R] int64, begin << 32 | count; expert_major only.
         sent: [R][n] int64, per source rank the tokens it sent here, ascending.
         row_of: [L, R, M] int64, the row of a token in a local expert's block, or -1.
     """
 
-    x: Tensor
-    scales: Tensor | None
-    expert_num_tokens: Tensor
-    src_num_tokens: Tensor
-    topk_ids: Tensor | None
-    topk_weights: Tensor | None
-    src_info: Tensor | None
-    layout_range: Tensor | None
     sent: list[Tensor]
     row_of: Tensor
 

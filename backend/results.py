@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -16,12 +17,31 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+@dataclasses.dataclass
+class ResultTensors:
+    """The tensors of a dispatch's result, wherever they are held; `Dispatched` says what each is."""
+
+    x: Tensor
+    scales: Tensor | None
+    expert_num_tokens: Tensor
+    src_num_tokens: Tensor
+    topk_ids: Tensor | None
+    topk_weights: Tensor | None
+    src_info: Tensor | None
+    layout_range: Tensor | None
+
+
+# In the order in which operators return them.
+RESULT_NAMES = tuple(field.name for field in dataclasses.fields(ResultTensors))
+
+
 class Dispatched:
     """The tokens that a round brought to this rank's experts.
 
     The tensors belong to the round's slot: they are overwritten `depth` dispatches later, and reading them from
-    then on raises `StateError`; so does reading the tokens of a token_major result once its combine has begun, which
-    gives them back to their senders. In the shapes, L is local experts, R ranks, M `max_num_tokens`, K top-k.
+    then on raises `StateError`; so does, on the CPU, reading the tokens of a token_major result once its combine has
+    begun, which gives them back to their senders. On CUDA the host has them before they have come; of a round that
+    failed, the counts are zero. In the shapes, L is local experts, R ranks, M `max_num_tokens`, K top-k.
 
     Attributes:
         num_tokens: T of this rank's own dispatch.
@@ -45,8 +65,8 @@ class Dispatched:
         """The tokens, in the payload's dtype (uint8 for opaque).
 
         expert_major: [L, R*M, H]; the rows of expert l are the first `expert_num_tokens[l]`, ordered by (source rank,
-        token); those past it are undefined. token_major: [R*M, H], the inbox itself: the rows of source rank r are the
-        `src_num_tokens[r]` from r*M on, in token order.
+        token); those past it are undefined. token_major: [R*M, H], on the CPU the inbox itself: the rows of source
+        rank r are the `src_num_tokens[r]` from r*M on, in token order.
         """
         self._round.check_arrived()
         return self._buffers.x

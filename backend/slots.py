@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .results import ResultTensors
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,18 +17,10 @@ if TYPE_CHECKING:
     from .wire import Wire
 
 
-@dataclasses.dataclass(slots=True)
-class SlotBuffers:
+@dataclasses.dataclass
+class SlotBuffers(ResultTensors):
     """Results of one round; shapes and meaning as in `Dispatched`."""
 
-    x: Tensor
-    scales: Tensor | None
-    expert_num_tokens: Tensor
-    src_num_tokens: Tensor
-    topk_ids: Tensor | None
-    topk_weights: Tensor | None
-    src_info: Tensor | None
-    layout_range: Tensor | None
     # What dispatch receive of the engine takes after the round, up to the statistics: the addresses stay, and are
     # read once.
     arguments: tuple[int, ...] = ()
@@ -148,8 +142,8 @@ def token_major(
     return SlotBuffers(
         x=column(0, wire.payload_len, wire.dtype),
         scales=column(layout.scales_in_cell, wire.scale_len, wire.scale_dtype) if wire.scale_dtype else None,
-        expert_num_tokens=torch.zeros(config.num_local_experts(num_ranks), dtype=torch.int32),
-        src_num_tokens=torch.zeros(num_ranks, dtype=torch.int32),
+        expert_num_tokens=torch.zeros(config.num_local_experts(num_ranks), dtype=torch.int32, device="cpu"),
+        src_num_tokens=torch.zeros(num_ranks, dtype=torch.int32, device="cpu"),
         topk_ids=column(layout.ids_in_cell, config.num_topk, torch.int32),
         topk_weights=column(layout.ids_in_cell + ids_bytes, config.num_topk, torch.float32),
         src_info=None,

@@ -7,6 +7,9 @@
 //   masks           the ranks that this one has given up
 //   refusals        the ranks that have given this one up; each written by that rank (CUDA engine,
 //                   and remote ranks)
+//   beats           with remote ranks only: R signals, one per 128 bytes, by which each rank says,
+//   while
+//                   it waits long, that it lives and for whom it waits
 //   signals         D x R x {dispatch, combine}, one per 128 bytes
 //   dispatch inbox  D x R x M cells: every source may send all its tokens here
 //   combine inbox   D x rows: the source assigns the rows, so the count is exact
@@ -121,8 +124,8 @@ struct CellHead {
 struct HeapLayout {
   Shape shape;
   int64_t scales_in_cell, head_in_cell, cell_bytes, reply_stride;
-  int64_t control, masks, refusals, signals, dispatch_inbox, combine_inbox, workspace, outbox_cells,
-      outbox_replies, total;
+  int64_t control, masks, refusals, beats, signals, dispatch_inbox, combine_inbox, workspace,
+      outbox_cells, outbox_replies, total;
   // In the workspace of a slot:
   int64_t num_sent, num_received, num_clean, reply_rows, cell_rows, workspace_bytes;
 
@@ -141,7 +144,8 @@ struct HeapLayout {
     h.masks = align_up(sizeof(Control), kLineBytes);
     h.refusals =
         h.masks + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // uint32 [R], 1: given up
-    h.signals = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
+    h.beats = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
+    h.signals = h.beats + (s.has_outbox ? s.num_ranks * kLineBytes : 0);
     h.dispatch_inbox = h.signals + int64_t{s.depth} * s.num_ranks * 2 * kLineBytes;
     h.combine_inbox = h.dispatch_inbox + s.depth * num_cells * h.cell_bytes;
     h.workspace =
@@ -178,6 +182,7 @@ struct HeapLayout {
     return combine_inbox +
            (int64_t{slot} * shape.max_num_tokens * shape.replies_per_token() + row) * reply_stride;
   }
+  MOEBIUS_HD constexpr int64_t beat(int src) const { return beats + src * kLineBytes; }
   // Where `src` says that it has given this rank up.
   MOEBIUS_HD constexpr int64_t refusal(int src) const { return refusals + 4 * int64_t{src}; }
   MOEBIUS_HD constexpr int64_t outbox_cell(int64_t i) const {

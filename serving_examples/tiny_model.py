@@ -1,7 +1,8 @@
 """python serving_examples/tiny_model.py FOLDER.
 
 Writes a tiny mixture-of-experts model with random weights, for the other examples and the tests: nothing is downloaded.
-A second argument is its kind: qwen3_moe (default), qwen2_moe (with shared experts) or mixtral.
+A second argument is its kind: qwen3_moe (default), qwen2_moe (with shared experts) or mixtral; a third the number of
+layers.
 """
 
 from pathlib import Path
@@ -27,12 +28,13 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_model(kind: str, folder: Path) -> None:
-    """Write a model of 2 layers, hidden 256, 8 experts of which a token takes 2.
+def make_model(kind: str, folder: Path, num_layers: int = 2) -> None:
+    """Write a model of hidden 256 and 8 experts, of which a token takes 2.
 
     Args:
         kind: "qwen3_moe", "qwen2_moe" (which has shared experts) or "mixtral".
         folder: where to.
+        num_layers: all of them with experts.
     """
     import torch
     import transformers as hf
@@ -41,7 +43,7 @@ def make_model(kind: str, folder: Path) -> None:
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 256,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -76,7 +78,8 @@ def make_model(kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     import sys
 
-    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and sys.argv[2] not in KINDS):
-        raise SystemExit(f"usage: {sys.argv[0]} FOLDER [{'|'.join(KINDS)}]")
-    make_model(sys.argv[2] if len(sys.argv) == 3 else KINDS[0], Path(sys.argv[1]))
-    print(f"a model of kind {sys.argv[2] if len(sys.argv) == 3 else KINDS[0]} in {sys.argv[1]}")
+    folder, kind, num_layers = (sys.argv[1:] + ["", KINDS[0], "2"][len(sys.argv) - 1 :])[:3]
+    if not 2 <= len(sys.argv) <= 4 or kind not in KINDS or not num_layers.isdigit() or int(num_layers) < 1:
+        raise SystemExit(f"usage: {sys.argv[0]} FOLDER [{'|'.join(KINDS)} [LAYERS]]")
+    make_model(kind, Path(folder), int(num_layers))
+    print(f"a model of kind {kind} in {folder}")

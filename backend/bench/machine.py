@@ -76,8 +76,9 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command as it can be typed again."""
-    return shlex.join(["python", "-m", "moebius", *sys.argv[1:]])
+    """The command as it can be typed again; of an absolute path, its last part."""
+    words = [pathlib.PurePath(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", "moebius", *words])
 
 
 def provenance() -> dict[str, Any]:

@@ -135,17 +135,30 @@ def percentiles_ms(samples: dict[str, list[float]]) -> dict[str, dict[str, float
 
 
 def compare(runs: list[dict[str, Any]], metric: str = "tpot") -> dict[str, Any]:
-    """The medians of each pair, and gloo's as a multiple of ours."""
+    """The medians of each pair, and gloo's as a multiple of ours.
+
+    A median below `BUNCHED_MS` is of tokens that the client read together: its pair has no ratio (None) and does not
+    count, nor is there a `median_ratio` where no pair has one.
+    """
     pairs: dict[int, dict[str, float]] = {}
     for run in runs:
         pairs.setdefault(run["pair"], {})[run["side"]] = run["percentiles_ms"][metric]["p50"]
-    ratios = [pair["gloo"] / max(pair["moebius"], 1e-3) for pair in pairs.values()]
+    ratios = [
+        None if min(pair.values()) < BUNCHED_MS else round(pair["gloo"] / pair["moebius"], 4) for pair in pairs.values()
+    ]
+    known = [ratio for ratio in ratios if ratio is not None]
     return {
         "metric": metric,
-        "pairs": [{**pair, "ratio": round(ratio, 4)} for pair, ratio in zip(pairs.values(), ratios, strict=True)],
-        "median_ratio": round(statistics.median(ratios), 4),
-        "pairs_not_worse": sum(ratio >= 1.0 for ratio in ratios),
+        "pairs": [{**pair, "ratio": ratio} for pair, ratio in zip(pairs.values(), ratios, strict=True)],
+        "median_ratio": round(statistics.median(known), 4) if known else None,
+        "pairs_not_worse": sum(ratio >= 1.0 for ratio in known),
+        "pairs_compared": len(known),
     }
+
+
+def times(ratio: float | None) -> str:
+    """A ratio, or a dash where there is none."""
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def run(options: ServeOptions) -> dict[str, Any]:
@@ -218,10 +231,10 @@ def run(options: ServeOptions) -> dict[str, Any]:
 def print_result(result: dict[str, Any]) -> None:
     """The figures that matter."""
     for metric, found in result["comparison"].items():
-        ratios = ", ".join(f"{pair['ratio']:.3f}" for pair in found["pairs"])
+        ratios = ", ".join(times(pair["ratio"]) for pair in found["pairs"])
         out(
-            f"median {metric}, gloo's over ours, by pair: {ratios}; in the median pair {found['median_ratio']:.3f}; "
-            f"ours not worse in {found['pairs_not_worse']} of {len(found['pairs'])}"
+            f"median {metric}, gloo's over ours, by pair: {ratios}; in the median pair {times(found['median_ratio'])}; "
+            f"ours not worse in {found['pairs_not_worse']} of {found['pairs_compared']}"
         )
     late = max(run["bunched"] for run in result["runs"])
     if late > 0.1:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .machine import is_busy
 from .page import card, escape, facts, legend, page, section
-from .serve_bench import METRICS, PERCENTILES
+from .serve_bench import METRICS, PERCENTILES, times
 from .svg import Curve, distribution
 
 if TYPE_CHECKING:
@@ -23,11 +23,14 @@ def build(result: dict[str, Any]) -> str:
     """The document."""
     asked, tpot = result["settings"], result["comparison"]["tpot"]
     ratio = tpot["median_ratio"]
-    verdict = (
-        f"{ratio:.2f} times faster than over gloo" if ratio >= 1 else f"{1 / ratio:.2f} times slower than over gloo"
-    )
+    if ratio is None:
+        verdict = "The client did not keep up: no time per token was measured"
+    elif ratio >= 1:
+        verdict = f"A token of a served model comes {ratio:.2f} times faster than over gloo"
+    else:
+        verdict = f"A token of a served model comes {1 / ratio:.2f} times slower than over gloo"
     body = (
-        f"<h1>A token of a served model comes {verdict}</h1>"
+        f"<h1>{verdict}</h1>"
         f'<p class="lead">vLLM with {asked["ranks"]} data-parallel ranks and expert parallelism on '
         f"{result['machine']['cores']} cores, over moebius and over an all-gather and reduce-scatter of gloo: "
         f"{asked['requests']} requests a run at {asked['rate']:g} a second, {asked['input_len']} tokens in, "
@@ -44,7 +47,9 @@ def _busy(result: dict[str, Any]) -> str:
     if late > 0.1:
         told = (
             f'<p class="busy">The client read up to {late:.0%} of the tokens of a run together with the ones before: '
-            "it did not get the time to read them as they came, and times per token are not the server's.</p>"
+            "it did not get the time to read them as they came. Times between tokens (ITL) are not the server's then; "
+            "an answer that was read all at once has a TPOT of about 0 and all its time in its TTFT. The time of a "
+            "request (E2EL) is not concerned.</p>"
         )
     if not is_busy(machine):
         return told
@@ -57,12 +62,12 @@ def _busy(result: dict[str, Any]) -> str:
 def _cards(result: dict[str, Any]) -> str:
     tpot, runs = result["comparison"]["tpot"], result["runs"]
     failed = sum(run["failed"] for run in runs)
-    lowest = min(pair["ratio"] for pair in tpot["pairs"])
+    lowest = min((pair["ratio"] for pair in tpot["pairs"] if pair["ratio"] is not None), default=None)
     return (
         '<div class="cards">'
-        + card(f"{tpot['median_ratio']:.2f}x", "gloo's time per output token over ours, median pair", _good(tpot))
-        + card(f"{lowest:.2f}x", "likewise, in the worst pair for us")
-        + card(f"{tpot['pairs_not_worse']} of {len(tpot['pairs'])}", "pairs in which ours is not worse")
+        + card(f"{times(tpot['median_ratio'])}x", "gloo's time per output token over ours, median pair", _good(tpot))
+        + card(f"{times(lowest)}x", "likewise, in the worst pair for us")
+        + card(f"{tpot['pairs_not_worse']} of {tpot['pairs_compared']}", "pairs in which ours is not worse")
         + card(
             f"{sum(run['completed'] for run in runs)}",
             f"requests answered, {failed} failed",
@@ -73,27 +78,27 @@ def _cards(result: dict[str, Any]) -> str:
 
 
 def _good(found: dict[str, Any]) -> str:
-    return "good" if found["median_ratio"] >= 1 else "bad"
+    return "good" if (found["median_ratio"] or 0.0) >= 1 else "bad"
 
 
 def _sections(result: dict[str, Any]) -> list[str]:
-    heads = "".join(f"<th>{metric.upper()} p{percent:g}</th>" for metric in METRICS for percent in PERCENTILES)
     rows = []
     for run in result["runs"]:
         cells = [
-            f"<td>{run['percentiles_ms'][metric][f'p{percent:g}']:.2f}</td>"
+            f"<td>{_ms(run['percentiles_ms'][metric][f'p{percent:g}'])}</td>"
             for metric in METRICS
             for percent in PERCENTILES
         ]
         name = f"{run['pair'] + 1}, {run['side']}"
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}<td>{run['load_1min']:.2f}</td></tr>")
+        state = f"<td>{run['bunched']:.0%}</td><td>{run['load_1min']:.1f}</td>"
+        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}{state}</tr>")
     ratios = []
     for metric, meaning in METRICS.items():
         found = result["comparison"][metric]
-        cells = [f"<td>{pair['ratio']:.2f}x</td>" for pair in found["pairs"]]
+        cells = [f"<td>{times(pair['ratio'])}</td>" for pair in found["pairs"]]
         ratios.append(
             f"<tr><td>{metric.upper()}, {escape(meaning)}</td>{''.join(cells)}"
-            f'<td class="main">{found["median_ratio"]:.2f}x</td></tr>'
+            f'<td class="main">{times(found["median_ratio"])}</td></tr>'
         )
     pairs = "".join(f"<th>pair {pair + 1}</th>" for pair in range(len(result["comparison"]["tpot"]["pairs"])))
     plots = []
@@ -106,7 +111,8 @@ def _sections(result: dict[str, Any]) -> list[str]:
     return [
         section(
             "Pair by pair",
-            "The median of each run, gloo's as a multiple of ours: above 1, ours is faster.",
+            "The median of each run, gloo's as a multiple of ours: above 1, ours is faster. A dash: half of a run's "
+            "tokens were read together.",
             f'<div class="scroll"><table><thead><tr><th></th>{pairs}<th>median pair</th></tr></thead>'
             f"<tbody>{''.join(ratios)}</tbody></table></div>",
         ),
@@ -118,13 +124,27 @@ def _sections(result: dict[str, Any]) -> list[str]:
         ),
         section(
             "Every run, in milliseconds",
-            "In the order of pairs; the last column is the machine's load average before the run, the previous runs "
-            "in it.",
-            f'<div class="scroll"><table><thead><tr><th>pair, side</th>{heads}<th>load</th></tr></thead>'
+            "In the order in which they ran. Bunched is the share of tokens that the client read together with the one "
+            "before; load is the machine's load average before the run, the previous runs in it.",
+            f'<div class="scroll"><table class="tight"><thead>{_HEAD}</thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>",
         ),
         _provenance(result),
     ]
+
+
+_HEAD = (
+    "<tr><th></th>"
+    + "".join(f'<th colspan="{len(PERCENTILES)}">{metric.upper()}</th>' for metric in METRICS)
+    + "<th></th><th></th></tr><tr><th>pair, side</th>"
+    + "".join(f"<th>p{percent:g}</th>" for percent in PERCENTILES) * len(METRICS)
+    + "<th>bunched</th><th>load</th></tr>"
+)
+
+
+def _ms(value: float) -> str:
+    """Milliseconds, three digits that matter."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _provenance(result: dict[str, Any]) -> str:

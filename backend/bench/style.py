@@ -44,6 +44,7 @@ svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabu
 svg .inside { fill: #fff; pointer-events: none; }
 svg .lane, svg .value-plain { fill: var(--ink); font-size: 13px; }
 svg .value { font-weight: 650; font-size: 13px; }
+svg .value, svg .bound-label { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .value.ours { fill: var(--ours); }
 svg .value.gloo { fill: var(--gloo); }
 .grid { stroke: var(--grid); }
@@ -90,6 +91,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead tr:first-child th { border-bottom: none; padding-bottom: 0; }
 th.ours { color: var(--ours); }
 th.gloo { color: var(--gloo); }
+.tight th, .tight td { padding-left: 6px; padding-right: 6px; }
 td.main { font-weight: 650; }
 tbody tr:last-child td { border-bottom: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 22px; margin: 10px 0; font-size: 15px; }

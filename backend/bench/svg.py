@@ -65,6 +65,14 @@ def short_us(value: float) -> str:
     return f"{value:.0f} µs" if value >= 100 else f"{value:.3g} µs"
 
 
+def tick_us(value: float) -> str:
+    """Microseconds, milliseconds or seconds of a tick: the unit changes with the power of 1000, and nowhere else."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} µs"
+
+
 def nice_ticks(highest: float, count: int = 6) -> list[float]:
     """Round numbers from 0 up to at most `highest`, about `count` of them."""
     if highest <= 0:
@@ -88,6 +96,12 @@ def distribution(label: str, curves: Sequence[Curve], bound_us: float | None) ->
     shown = [list(curve.quantiles[: max(round(0.999 * (len(curve.quantiles) - 1)), 1) + 1]) for curve in curves]
     values = [value for curve in shown for value in (curve[0], curve[-1])] + ([bound_us] if bound_us else [])
     lowest, highest = max(min(values) * 0.85, 1e-3), max(values) * 1.12
+    # The medians' own figures stand beside them, outside of the curves, and want room there.
+    medians = [max(curve.quantiles[(len(curve.quantiles) - 1) // 2], lowest) for curve in curves]
+    margin = 76.0 / (width - left - right)
+    lowest = min(lowest, (min(medians) / highest**margin) ** (1 / (1 - margin)))
+    if len(curves) > 1:
+        highest = max(highest, (max(medians) / lowest**margin) ** (1 / (1 - margin)))
 
     def at_x(value: float) -> float:
         share = math.log(max(value, lowest) / lowest) / math.log(highest / lowest)
@@ -102,7 +116,7 @@ def distribution(label: str, curves: Sequence[Curve], bound_us: float | None) ->
         body.append(_text(left - 8, at_y(share) + 4, f"{share:.0%}", "tick", "end"))
     last_end = -math.inf
     for tick in log_ticks(lowest, highest):
-        text = short_us(tick)
+        text = tick_us(tick)
         if at_x(tick) - len(text) * _CHAR / 2 > last_end + 6:
             body.append(_line(at_x(tick), at_y(0), at_x(tick), at_y(0) + 4, "axis"))
             body.append(_text(at_x(tick), at_y(0) + 18, text, "tick", "middle"))
@@ -122,8 +136,6 @@ def distribution(label: str, curves: Sequence[Curve], bound_us: float | None) ->
         # The fastest is written on its left and higher, the others on their right and lower: they may be close.
         is_first = middle <= min(other.quantiles[steps // 2] for other in curves)
         x, y, anchor = (-10.0, -8.0, "end") if is_first else (10.0, 18.0, "start")
-        if is_first and at_x(middle) < left + 70:
-            x, anchor = 10.0, "start"
         body.append(_text(at_x(middle) + x, at_y(0.5) + y, short_us(middle), f"value {curve.style}", anchor))
     return _svg(width, height, label, body)
 
@@ -207,8 +219,7 @@ def chart(
     for tick in log_ticks(y_low, y_high):
         body.append(_line(left, at_y(tick), width - right, at_y(tick), "grid"))
         if math.log(y_high / y_low) < math.log(400) or math.log10(tick) % 1.0 in (0.0, 1.0):
-            text = f"{tick / 1e3:g} ms" if tick >= 1e3 else f"{tick:g} µs"
-            body.append(_text(left - 8, at_y(tick) + 4, text, "tick", "end"))
+            body.append(_text(left - 8, at_y(tick) + 4, tick_us(tick), "tick", "end"))
     for tick in log_ticks(x_low, x_high):
         body.append(_line(at_x(tick), height - bottom, at_x(tick), height - bottom + 4, "axis"))
         body.append(_text(at_x(tick), height - bottom + 18, f"{tick:g}", "tick", "middle"))

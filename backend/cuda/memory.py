@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from moebius.group import VirtualRank
@@ -23,6 +24,7 @@ class SymmetricMemory:
         rank: this rank.
         addresses: [R] of each rank's heap, on this rank's device.
         num_bytes: of one heap.
+        owned: what frees the memory when it is forgotten.
         how: "virtual", or how memory travels between processes: "vmm", "ipc" or "fabric".
     """
 
@@ -30,14 +32,19 @@ class SymmetricMemory:
     addresses: list[int]
     num_bytes: int
     how: str
-    _owned: Any = None
-    _free: Callable[[], None] | None = None
+    owned: Any = None
+    _free: Any = None
+
+    def free_with(self, free: Callable[[], None]) -> None:
+        """Call `free` once, when this is closed or forgotten; not at the end of the process, which frees all."""
+        self._free = weakref.finalize(self, free)
+        self._free.atexit = False
 
     def close(self) -> None:
         """Let go of it; the kernels that use it have ended. May be repeated."""
-        free, self._free, self._owned = self._free, None, None
-        if free is not None:
-            free()
+        self.owned = None
+        if self._free is not None:
+            self._free()
 
 
 def allocate(group: Group, rank: int, num_bytes: int, fingerprint: str, machine: Machine) -> SymmetricMemory:

@@ -53,8 +53,9 @@ def allocate_processes(
         for how in ways or possible_ways(about):
             mapped, error = _exchange(group, rank, num_bytes, how, about, server, machine)
             if not error:
-                free = functools.partial(_close, mapped, machine)
-                return SymmetricMemory(rank, [one.address for one in mapped], num_bytes, how, None, free)
+                memory = SymmetricMemory(rank, [one.address for one in mapped], num_bytes, how)
+                memory.free_with(functools.partial(_close, mapped, machine))
+                return memory
             errors.append(error)
     raise PeerAccessError("; ".join(errors))
 

@@ -1,8 +1,9 @@
 """Device memory that other processes can map: made here, told of in bytes or as a file, and mapped there.
 
 Three ways, in the order in which they are tried: "vmm" (`cuMemCreate`, a file descriptor), "ipc" (`cuIpcGetMemHandle`),
-and, between hosts that share an NVLink domain, "fabric" (`cuMemCreate`, 64 bytes). The calling thread's current device
-is the rank's.
+and, between hosts that share an NVLink domain, "fabric" (`cuMemCreate`, 64 bytes). Memory of "vmm" and "fabric" lives
+as long as somebody has mapped it; of "ipc" until its owner closes, so there ranks should close together. The calling
+thread's current device is the rank's.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def open_peer(how: str, ordinal: int, num_bytes: int, content: bytes, fd: int) -
         handle = driver.fill(api.CUipcMemHandle(), content)
         address = int(driver.call("cuIpcOpenMemHandle", handle, flags))
         return Mapped(address, num_bytes, how, is_mine=False)
-    told = fd if how == "vmm" else driver.fill(api.CUmemFabricHandle(), content)
+    handle = driver.fill(api.CUmemFabricHandle(), content)
+    told = fd if how == "vmm" else int(handle.getPtr())  # cuda-bindings takes the address of what is no number
     allocation = driver.call("cuMemImportFromShareableHandle", told, _handle_type(how))
     return _map(allocation, how, ordinal, _rounded(how, ordinal, num_bytes), is_mine=False)
 

@@ -93,7 +93,7 @@ def _announce(num_ranks: int) -> None:
         _log.handlers = theirs.handlers
         _log.setLevel(theirs.level)
     untested = "" if points.is_supported(vllm.__version__) else " (a version it was not run with)"
-    how = "batched" if patches.uses_batched_format() else "standard"
+    how = "batched" if patches.prefers_batched_format() else "standard"
     _log.info(
         "moebius %s is the expert-parallel all-to-all of vLLM %s%s: %d ranks, %s format",
         __version__,

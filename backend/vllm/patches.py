@@ -8,6 +8,7 @@ the layers, whose modules only workers should have to import.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMUNICATOR = "moebius.vllm.communicator.MoebiusCommunicator"
+LAYER_FORMAT = "moebius_is_batched"  # on the layer's FusedMoEParallelConfig: what was settled for this layer
 _installed: dict[str, Any] = {}
+_log = logging.getLogger("moebius")
 
 
 def check() -> None:
@@ -70,10 +73,12 @@ def install_in_layers() -> None:
     from vllm.model_executor.layers.fused_moe import all2all_utils
     from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.platforms import current_platform
 
     _widen(FusedMoEParallelConfig, "use_batched_activation_format", _takes_batched)
+    RoutedExperts._get_quant_method = _settling_format(RoutedExperts._get_quant_method)
     original = all2all_utils.maybe_make_prepare_finalize
     _installed["make_prepare_finalize"] = original
     rebind("maybe_make_prepare_finalize", original, _making_ours(original))
@@ -83,8 +88,8 @@ def install_in_layers() -> None:
         MoERunner._select_forward = _as_operator(MoERunner._select_forward)
 
 
-def uses_batched_format() -> bool:
-    """Whether experts get their tokens packed by expert, [L, R*M, H]; else as they arrived.
+def prefers_batched_format() -> bool:
+    """Whether experts are first looked for among those that take tokens packed by expert, [L, R*M, H].
 
     Raises:
         ConfigError: MOEBIUS_VLLM_FORMAT has no valid value.
@@ -101,11 +106,14 @@ def _sends_sequence_parallel(config: Any) -> bool:
 
 def _has_batched_tokens(config: Any) -> bool:
     is_ours = config.all2all_backend == NAME and config.enable_expert_parallel and config.data_parallel_size > 1
-    return bool(is_ours) and uses_batched_format()
+    return bool(is_ours) and prefers_batched_format()
 
 
 def _takes_batched(parallel: Any) -> bool:
-    return bool(parallel.all2all_backend == NAME and parallel.use_all2all_kernels) and uses_batched_format()
+    if parallel.all2all_backend != NAME or not parallel.use_all2all_kernels:
+        return False
+    settled: bool | None = vars(parallel).get(LAYER_FORMAT)
+    return prefers_batched_format() if settled is None else settled
 
 
 def _widen(owner: type, name: str, is_ours: Callable[[Any], bool]) -> None:
@@ -151,6 +159,39 @@ def _making_ours(before: Callable[..., Any]) -> Callable[..., Any]:
         return before(moe, quant_config, *args, **kwargs) if made is None else made
 
     return maybe_make_prepare_finalize
+
+
+def _settling_format(before: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer's format is that of its experts: vLLM is asked for some of one format, then for some of the other.
+
+    It looks for experts of the format that the layer's configuration names, and raises where there are none. Which
+    there are depends on the quantisation, so the answer is kept for each layer. Not with MOEBIUS_VLLM_FORMAT.
+    """
+
+    @functools.wraps(before)
+    def get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        parallel = moe_config.moe_parallel_config
+        if parallel.all2all_backend != NAME or not parallel.use_all2all_kernels or env.vllm_format():
+            return before(self, prefix, quant_config, moe_config)
+        preferred = prefers_batched_format()
+        setattr(parallel, LAYER_FORMAT, preferred)
+        try:
+            made = before(self, prefix, quant_config, moe_config)
+        except (NotImplementedError, ValueError) as refusal:
+            setattr(parallel, LAYER_FORMAT, not preferred)
+            try:
+                made = before(self, prefix, quant_config, moe_config)
+            except (NotImplementedError, ValueError):
+                raise refusal from None
+            words = [("standard", "batched")[is_batched] for is_batched in (preferred, not preferred)]
+            _log.info("moebius: %s has no %s experts (%s): %s format", prefix or "a layer", words[0], refusal, words[1])
+        experts = getattr(made, "experts_cls", None)
+        if experts is not None:
+            # A --moe-backend may name experts whatever the format that was asked for.
+            setattr(parallel, LAYER_FORMAT, experts.activation_format().name == "BatchedExperts")
+        return made
+
+    return get_quant_method
 
 
 def _with_batched_experts(before: Callable[..., Any]) -> Callable[..., Any]:

@@ -100,6 +100,13 @@ POINTS = (
         "makes vLLM pick experts of the format in use",
         is_patched=True,
     ),
+    Point(
+        f"{MOE}/routed_experts.py",
+        "RoutedExperts._get_quant_method",
+        "where vLLM picks a layer's experts: of the other format if there are none of the one in use",
+        ("prefix", "quant_config", "moe_config"),
+        is_patched=True,
+    ),
     Point(f"{MOE}/config.py", "FusedMoEParallelConfig.use_all2all_kernels", "whether an exchange is needed"),
     Point(f"{MOE}/config.py", "FusedMoEConfig.hidden_dim", "shape of the exchange"),
     Point(f"{MOE}/config.py", "FusedMoEConfig.experts_per_token", "shape of the exchange"),

@@ -214,6 +214,7 @@ py::object take_fault(Engine& self) {
   return std::move(d);
 }
 
+// Local types: _cuda and _simt are made of the same classes, and a process may load both.
 void bind_engine(py::module_& m) {
   // What waits for the device lets other threads of Python on: their ranks may be what it waits
   // for.
@@ -302,7 +303,7 @@ PYBIND11_MODULE(_nvshmem, m) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "moebius CUDA engine";
 #endif
-  py::register_exception_translator(moebius::cuda::translate);
+  py::register_local_exception_translator(moebius::cuda::translate);
   moebius::cuda::bind_memory(m);
   moebius::cuda::bind_engine(m);
 }

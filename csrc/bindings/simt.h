@@ -59,9 +59,10 @@ inline void bind(pybind11::module_& m) {
   m.def("run_until_idle", [] { World::process().run_until_idle(); }, Unlocked());
   m.def("now_ns", [] { return World::process().now_ns(); });
 
-  py::class_<Recorded>(m, "Recorded").def("replay", [](const Recorded& self, uintptr_t s) {
-    World::process().replay(self.graph, stream_at(s));
-  });
+  py::class_<Recorded>(m, "Recorded", py::module_local())
+      .def("replay", [](const Recorded& self, uintptr_t s) {
+        World::process().replay(self.graph, stream_at(s));
+      });
   m.def("begin_capture", [](uintptr_t s) { World::process().begin_capture(stream_at(s)); });
   m.def("end_capture",
         [](uintptr_t s) { return Recorded{World::process().end_capture(stream_at(s))}; });

@@ -12,6 +12,7 @@ constexpr int64_t kSliceNs = 2'000'000;  // between looks at the peer and its pr
 // However long a source is held up by others, a wait ends after this many timeouts: one of its own,
 // one of the rank that it waits for, and one to spare.
 constexpr int64_t kMostTimeouts = 3;
+constexpr int64_t kBeatsPerTimeout = 8;  // to remote ranks, in a wait that lasts
 
 }  // namespace
 
@@ -82,7 +83,7 @@ bool Engine::fail(FaultKind kind,
 int Engine::find_culprit(int src) const {
   int culprit = src;
   for (int hop = 0; hop < config_.shape.num_ranks; ++hop) {
-    // What a remote rank waits for is not seen from here; it will say so by an abort.
+    // What a remote rank waits for is not seen from here: its beats tell.
     if (is_remote(culprit)) return culprit;
     const uint64_t word = __atomic_load_n(&control(culprit).awaiting, __ATOMIC_ACQUIRE);
     if (word == 0) return culprit;
@@ -114,6 +115,8 @@ bool Engine::poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word) {
   const int64_t limit_ns = start + kMostTimeouts * config_.timeout_ns;
   int64_t deadline_ns = start + config_.timeout_ns;
   int64_t next_look_ns = start + kSliceNs;
+  int64_t next_beat_ns = start + 2 * config_.timeout_ns / kBeatsPerTimeout;
+  SeenBeat seen_beat;
   bool is_here = false;
   for (;;) {
     *word = load_signal(awaited);
@@ -121,7 +124,15 @@ bool Engine::poll(int src, SignalKind kind, uint64_t epoch, uint64_t* word) {
     const int64_t now = now_ns();
     if (now > next_look_ns || now > deadline_ns) {
       next_look_ns = now + kSliceNs;
-      const int culprit = find_culprit(src);
+      if (network_ != nullptr && now > next_beat_ns) {
+        next_beat_ns = now + config_.timeout_ns / kBeatsPerTimeout;
+        beat(src);
+      }
+      int culprit = find_culprit(src);
+      if (culprit == src && is_remote(src)) {
+        const int awaited = heard_from(src, now, &seen_beat);
+        if (awaited >= 0) culprit = awaited;
+      }
       // The time in which the source is itself held up is not counted against it.
       if (culprit != src) deadline_ns = std::min(now + config_.timeout_ns, limit_ns);
       const bool is_dead = liveness_[src].is_dead();

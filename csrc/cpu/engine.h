@@ -154,6 +154,15 @@ class Engine {
   // Over the network (cpu/remote.cpp).
   bool is_remote(int rank) const { return heaps_[rank] == nullptr; }
   void refuse(int rank, bool is_given_up);
+  // Tells the remote ranks, but `awaited`, that this one lives and waits for `awaited`.
+  void beat(int awaited);
+  // Whom a remote rank waits for, by its last beat; -1 if it beats no more. `seen` is kept between
+  // the looks of one wait.
+  struct SeenBeat {
+    uint64_t word = 0;
+    int64_t time_ns = 0;
+  };
+  int heard_from(int src, int64_t now, SeenBeat* seen) const;
   // Makes sure that the outbox may be filled again; false, with the fault, if a rank keeps it.
   bool clear_outbox(uint64_t epoch);
   // Makes sure that its combine part takes `num_rows` more; false as above.
@@ -188,6 +197,7 @@ class Engine {
   std::vector<Liveness> liveness_;
   Fault fault_;
   int64_t remote_bytes_ = 0;
+  uint64_t num_beats_ = 0;
   int64_t outbox_used_ = 0;  // rows of its combine part, by the combine send that runs
 
   // Scratch of dispatch send, kept to spare the allocations.

@@ -15,6 +15,7 @@ bool is_within(int64_t offset, int64_t num_bytes, int64_t begin, int64_t end) {
 }
 
 bool is_own_signal(const HeapLayout& layout, int src, int64_t signal) {
+  if (layout.shape.has_outbox && signal == layout.beat(src)) return true;
   for (int slot = 0; slot < layout.shape.depth; ++slot) {
     for (SignalKind kind : {SignalKind::kDispatch, SignalKind::kCombine}) {
       if (signal == layout.signal(slot, src, kind)) return true;

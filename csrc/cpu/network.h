@@ -53,7 +53,7 @@ struct Message {
 };
 
 // Whether `src` may send this here: its data lies in its own cells, in the combine inbox, or is its
-// refusal, and its word goes to one of its own signals. A header is never trusted.
+// refusal, and its word goes to one of its own signals, or is its beat. A header is never trusted.
 bool is_allowed(const HeapLayout& layout, int src, const Message& message);
 
 // Writes a message of `src` into this rank's heap, data first. False if it is not allowed, and

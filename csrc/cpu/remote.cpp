@@ -29,6 +29,29 @@ void Engine::send_signal(int dst, int slot, SignalKind kind, uint64_t word) {
   }
 }
 
+void Engine::beat(int awaited) {
+  // A new word each time: that it changes is the news.
+  const uint64_t word = signal_word(++num_beats_, static_cast<uint64_t>(awaited));
+  for (int dst = 0; dst < config_.shape.num_ranks; ++dst) {
+    if (dst == awaited || !is_remote(dst) || is_dead(dst)) continue;
+    network_->put_signal(dst, 0, nullptr, 0, layout_.beat(rank_), word);
+  }
+}
+
+int Engine::heard_from(int src, int64_t now, SeenBeat* seen) const {
+  const auto* signal = reinterpret_cast<const Signal*>(heap(rank_, layout_.beat(src)));
+  const uint64_t word = load_signal(*signal);
+  if (seen->time_ns == 0) {
+    *seen = {word, 1};  // of an earlier wait, for all we know
+  } else if (word != seen->word) {
+    *seen = {word, now};
+  }
+  const int64_t awaited = signal_value(seen->word);
+  const bool is_late = now - seen->time_ns > config_.timeout_ns / 2;
+  const bool is_rank = awaited >= 0 && awaited < config_.shape.num_ranks && awaited != rank_;
+  return is_late || !is_rank ? -1 : static_cast<int>(awaited);
+}
+
 bool Engine::clear_outbox(uint64_t epoch) {
   outbox_used_ = 0;
   if (network_ == nullptr) return true;

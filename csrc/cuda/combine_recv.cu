@@ -60,7 +60,6 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
     if (owed == 0) continue;  // the closing wait will look for its signal
     if (!await_rows(p, begun, src, owed)) store(scratch, 1u);
   }
-  clear_awaiting(self);
   sync_block();
   const bool is_lost = begun.is_lost || load(scratch) != 0;
   const int64_t num_valid = is_lost ? 0 : load(num_sent + s.num_ranks);
@@ -94,6 +93,7 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
   }
   let_next_kernel_start();
   if (!is_last_block(self, Half::kCombineRecv, scratch + 1)) return;
+  clear_awaiting(self);
   if (!begun.is_lost && has_failed(self, begun.epoch)) {
     lose(self, Half::kCombineRecv, begun.epoch);
   }

@@ -103,7 +103,6 @@ MOEBIUS_DEVICE void await_cells(const DispatchRecvParams& p,
       store(shared.first_cell + src + 1, sum);
     }
   }
-  clear_awaiting(self);
   // The bulk loads below read what peers wrote.
   fence_proxy_async();
   sync_block();
@@ -377,6 +376,7 @@ MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared
   const DispatchRecvParams& p = l.args;
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
+  clear_awaiting(self);
   const bool is_lost = !begun.is_lost && has_failed(self, begun.epoch);
   if (is_lost) lose(self, Half::kDispatchRecv, begun.epoch);
   int32_t* num_received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);

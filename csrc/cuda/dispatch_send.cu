@@ -88,22 +88,24 @@ MOEBIUS_DEVICE void read_ranks(const Rank& self, const Shared& shared) {
 }
 
 // Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. By the
-// first `num_pollers` threads of the block.
-MOEBIUS_DEVICE void take_slot(
-    const Rank& self, uint64_t epoch, int slot, int num_pollers, const Shared& shared) {
+// first warp of the block.
+MOEBIUS_DEVICE void take_slot(const Rank& self, uint64_t epoch, int slot, const Shared& shared) {
   const int num_ranks = self.layout.shape.num_ranks;
   const uint64_t depth = static_cast<uint64_t>(self.layout.shape.depth);
   const uint64_t closed = epoch - depth;
   const bool has_last = epoch >= depth;
-  if (has_last && block_index() == 0 &&
-      load(&control_of(self, self.rank)->combined[slot]) != closed + 1) {
-    // Never combined: the empty combine.
-    for (int dst = thread_index(); dst < num_ranks; dst += num_pollers) {
+  if (has_last && load(&control_of(self, self.rank)->combined[slot]) != closed + 1) {
+    // Never combined: the empty combine, by the block that comes first. The others wait for the
+    // peers' at once, and need not be resident together with any.
+    uint64_t before = 0;
+    if (lane() == 0) before = exchange_max_gpu(&self.state->closed[slot], closed + 1);
+    const bool is_first = shfl(before, 0) != closed + 1;
+    for (int dst = thread_index(); is_first && dst < num_ranks; dst += kWarp) {
       if (load(shared.is_alive + dst) == 0) continue;
       send_signal(self, dst, slot, SignalKind::kCombine, signal_word(closed, 0));
     }
   }
-  for (int src = thread_index(); src < num_ranks; src += num_pollers) {
+  for (int src = thread_index(); src < num_ranks; src += kWarp) {
     if (load(shared.is_alive + src) == 0) continue;
     if (src == self.rank) continue;
     bool is_closed = true;
@@ -141,14 +143,9 @@ MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
     const int64_t at = int64_t{begin} * s.num_topk + i;
     const int32_t id = id_at(p, at);
     if (id < -1 || id >= s.num_experts) {
-      if (block_index() != 0) continue;
-      Fault fault;
-      fault.kind = FaultKind::kRouting;
-      fault.epoch = epoch;
-      fault.observed = raw_id_at(p, at);
-      fault.token = begin + token;
-      fault.choice = i % s.num_topk;
-      record(p.self, Half::kDispatchSend, fault);
+      // The first of them is recorded, by the last block.
+      const uint64_t place = kMostChoices - static_cast<uint64_t>(min_of(at, kMostChoices));
+      exchange_max_gpu(&p.self.state->bad_choice, (epoch + 1) << kCountBits | place);
     } else if (id >= 0 && load(shared.is_alive + id / num_local) != 0) {
       shared.positions.mark(id / num_local, token);
     }
@@ -268,12 +265,11 @@ MOEBIUS_DEVICE void send_scales(
 
 template <Encoding kEncoding, Dtype kX>
 MOEBIUS_DEVICE void send_tokens(
-    const SendLaunch& l, int slot, int begin, int end, const Shared& shared) {
+    const SendLaunch& l, int slot, int begin, int end, const Shared& shared, int* stage_index) {
   constexpr int kStep = kUnroll * kWarp;
   const DispatchSendParams& p = l.args;
   const int num_units = static_cast<int>(p.self.layout.shape.payload_bytes / out_unit(kEncoding));
   const int num_items = (end - begin) * l.num_slices;
-  int stage_index = 0;
   // Neighbouring items go to different blocks: few tokens are spread over all.
   for (int item = warp_index() * num_blocks() + block_index(); item < num_items;
        item += kWarpsPerBlock * num_blocks()) {
@@ -287,8 +283,8 @@ MOEBIUS_DEVICE void send_tokens(
     const Destinations d = find_destinations(p, slot, token, begin, shared);
     if (slice == 0) note_replies(p.self, slot, token, d);
     if (d.firsts == 0) continue;
-    std::byte* stage = shared.stages + stage_index * kStageBytes;
-    stage_index ^= 1;
+    std::byte* stage = shared.stages + *stage_index * kStageBytes;
+    *stage_index ^= 1;
     bulk_wait_read<1>();
     for (int base = unit; base < unit_end; base += kStep) {
       const Fetched<kEncoding, kX> now = fetched;
@@ -312,6 +308,20 @@ MOEBIUS_DEVICE void send_tokens(
   }
 }
 
+// Last block, one thread: the first choice that names no expert, if there is one.
+MOEBIUS_DEVICE void record_bad_choice(const DispatchSendParams& p, uint64_t epoch) {
+  const uint64_t word = load(&p.self.state->bad_choice);
+  if (word >> kCountBits != epoch + 1) return;
+  const auto at = static_cast<int64_t>(kMostChoices - (word & kLowMask));
+  Fault fault;
+  fault.kind = FaultKind::kRouting;
+  fault.epoch = epoch;
+  fault.observed = raw_id_at(p, at);
+  fault.token = at / p.self.layout.shape.num_topk;
+  fault.choice = at % p.self.layout.shape.num_topk;
+  record(p.self, Half::kDispatchSend, fault);
+}
+
 // Last block: the round is begun, and everybody is told.
 MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
                              uint64_t epoch,
@@ -319,6 +329,8 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
                              const Shared& shared) {
   const Rank& self = p.self;
   const int num_ranks = self.layout.shape.num_ranks;
+  clear_awaiting(self);
+  if (thread_index() == 0) record_bad_choice(p, epoch);
   if (has_failed(self, epoch)) {
     lose(self, Half::kDispatchSend, epoch);
   } else {
@@ -372,14 +384,12 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   const int num_valid = static_cast<int>(count_valid(p));
   const int chunk = l.num_words * 32;
   const int first_end = static_cast<int>(min_of(chunk, num_valid));
-  const int num_pollers = kWarp;
-  if (thread_index() < num_pollers) {
-    take_slot(self, epoch, slot, num_pollers, shared);
+  if (warp_index() == 0) {
+    take_slot(self, epoch, slot, shared);
   } else {
-    mark_tokens(p, epoch, 0, first_end, num_pollers, shared);
+    mark_tokens(p, epoch, 0, first_end, kWarp, shared);
   }
   sync_block();
-  clear_awaiting(self);
   const bool is_ours = load(shared.scratch) == 0;
   shared.positions.count();
   sync_block();
@@ -402,8 +412,9 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   // What the last rounds left in the outbox has long left it.
   if (kHasNetwork && self.layout.shape.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
+  int stage_index = 0;  // carries on from chunk to chunk: the last stage is still being read
   if (is_ours && num_valid <= chunk) {
-    send_tokens<kEncoding, kX>(l, slot, 0, num_valid, shared);
+    send_tokens<kEncoding, kX>(l, slot, 0, num_valid, shared, &stage_index);
   } else if (is_ours) {
     // More than the positions hold at once: a second walk over them.
     shared.positions.clear_totals();
@@ -411,7 +422,7 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
     for (int begin = 0; begin < num_valid; begin += chunk) {
       const int end = static_cast<int>(min_of(begin + chunk, num_valid));
       list_tokens(p, epoch, begin, end, shared);
-      send_tokens<kEncoding, kX>(l, slot, begin, end, shared);
+      send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &stage_index);
       sync_block();
     }
   }

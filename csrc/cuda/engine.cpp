@@ -179,8 +179,8 @@ void Engine::mask(int rank, bool is_dead) {
   const DeviceScope scope(device_);
   const uint32_t word = is_dead ? 1 : 0;
   copy(self_.heap + self_.layout.masks + rank * int64_t{sizeof word}, &word, sizeof word);
-  // It looks at its own memory for who has given it up; a remote one is told by its own masks, which
-  // are set on every rank alike.
+  // It looks at its own memory for who has given it up; a remote one is told by its own masks,
+  // which are set on every rank alike.
   if (heaps_.at(static_cast<size_t>(rank)) == nullptr) return;
   copy(heaps_.at(static_cast<size_t>(rank)) + self_.layout.refusals + rank_ * int64_t{sizeof word},
        &word,

@@ -19,13 +19,21 @@ struct Failure {
   Fault fault;
 };
 
+constexpr uint64_t kMostChoices = kLowMask;
+
 // What the kernels of one rank tell each other. Private device memory, zero at first; no peer
 // touches it.
 struct LocalState {
-  uint32_t
-      num_done[kNumHalves];     // blocks of the running kernel that are done; zero between kernels
-  uint64_t lost[kMaxDepth];     // per slot: 1 + the last round that this rank gave up
-  int64_t remote_bytes;        // sent to other ranks so far, headers included
+  // Blocks of the running kernel that are done, per half; zero between kernels.
+  uint32_t num_done[kNumHalves];
+  // Per slot: 1 + the last round that this rank gave up; likewise that it closed by an empty
+  // combine.
+  uint64_t lost[kMaxDepth];
+  uint64_t closed[kMaxDepth];
+  // The first bad choice: 1 + the round, then kMostChoices - its place in topk_ids; compared, never
+  // cleared.
+  uint64_t bad_choice;
+  int64_t remote_bytes;         // sent to other ranks so far, headers included
   Failure failures[kMaxDepth];  // per slot
 };
 

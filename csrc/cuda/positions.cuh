@@ -67,8 +67,13 @@ struct Positions {
   }
 };
 
-// Words of a chunk: all items, if their bitmap is no larger than this.
+// Words of a chunk: all items, if their bitmap is no larger than this. So small on the host
+// executor that a few dozen items are more than one chunk.
+#if defined(MOEBIUS_SIMT)
+constexpr int64_t kPositionsBytes = 64;
+#else
 constexpr int64_t kPositionsBytes = 32 * 1024;
+#endif
 
 MOEBIUS_HD constexpr int positions_words(int64_t num_items, int num_columns) {
   const int64_t needed = (num_items + 31) / 32;

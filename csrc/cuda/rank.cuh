@@ -129,6 +129,12 @@ constexpr uint64_t kLookNs = 2'000'000;  // between looks at what else could be 
 // one of the rank that it waits for, and one to spare.
 constexpr uint64_t kMostTimeouts = 3;
 
+// Whether a wait of the running kernel has failed, maybe in another block.
+MOEBIUS_DEVICE bool is_given_up(const Rank& self, uint64_t epoch) {
+  const Failure& failure = self.state->failures[self.layout.slot_of(epoch)];
+  return load_relaxed_sys(&failure.claimed) == epoch + 1;
+}
+
 // The only spin of the engine. Returns once the word of `awaited_epoch` is there, and false once it
 // will not come: then round `epoch` is lost.
 MOEBIUS_DEVICE bool poll(const Rank& self,
@@ -142,6 +148,8 @@ MOEBIUS_DEVICE bool poll(const Rank& self,
   // Pairs with [arrived] in the kernels that send: what the signal announces can be read from here.
   *word = load_acquire_sys(awaited);
   if (signal_arrived(*word, awaited_epoch)) return true;
+  // Blocks that run one after the other do not wait for a deadline each.
+  if (is_given_up(self, epoch)) return false;
   const uint64_t timeout = static_cast<uint64_t>(self.timeout_ns);
   const uint64_t start = now_ns();
   const uint64_t look_ns = min_of(static_cast<int64_t>(kLookNs), self.timeout_ns / 4 + 1);
@@ -154,11 +162,10 @@ MOEBIUS_DEVICE bool poll(const Rank& self,
     const uint64_t now = now_ns();
     if (now < next_look && now < deadline) continue;
     next_look = now + look_ns;
-    // For those who wait for us: whom we wait for.
-    if (block_index() == 0) {
-      const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
-      store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
-    }
+    if (is_given_up(self, epoch)) return false;
+    // For those who wait for us: whom we wait for. Any block: the others may not have begun.
+    const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
+    store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
     const int culprit = find_culprit(self, src);
     // The time in which the source is itself held up is not counted against it.
     if (culprit != src) {
@@ -310,12 +317,11 @@ MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half h
   return begun;
 }
 
-// Block 0, once its waits are over: nobody waits here any more.
+// Last block: nobody waits here any more.
 MOEBIUS_DEVICE void clear_awaiting(const Rank& self) {
-  if (block_index() == 0 && thread_index() == 0) {
-    uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
-    if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
-  }
+  if (thread_index() != 0) return;
+  uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
+  if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
 }
 
 }  // namespace moebius::cuda

@@ -65,13 +65,14 @@ std::set<std::pair<const void*, int>> prepared;
 void prepare(const void* kernel) {
   const int device = current_device();
   const std::lock_guard<std::mutex> lock(prepared_mutex);
-  if (!prepared.emplace(kernel, device).second) return;
+  if (prepared.count({kernel, device}) != 0) return;
   cudaFuncAttributes attributes{};  // to ask for them loads it
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   check(cudaFuncSetAttribute(kernel,
                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(max_shared_bytes())),
+                             static_cast<int>(max_shared_bytes() - attributes.sharedSizeBytes)),
         "cudaFuncSetAttribute");
+  prepared.emplace(kernel, device);
 }
 
 thread_local int num_load_only = 0;

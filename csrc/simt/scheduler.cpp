@@ -39,6 +39,16 @@ void thread_main() {
 
 void World::configure() {
   random_.reseed(options_.seed);
+  // A schedule is its seed's alone, whatever ran before.
+  now_ns_ = 1000000;
+  next_id_ = 1;
+  num_calls_ = idle_since_call_ = 0;
+  idle_since_ns_ = -1;
+  next_jump_ns_ = 1000;
+  idle_ns_ = 0;
+  poller_ = num_polled_ = 0;
+  is_quiet_ = false;
+  counters_ = {};
   constexpr int kPreempt[] = {0, 300, 60, 16};
   constexpr int kBulkRate[] = {1, 4, 16, 60};
   const bool is_seeded = options_.seed != 0;
@@ -252,7 +262,7 @@ World::Outcome World::poll() {
   }
   now_ns_ += static_cast<uint64_t>(next_jump_ns_);
   idle_ns_ += next_jump_ns_;
-  next_jump_ns_ *= 2;
+  next_jump_ns_ = std::min(2 * next_jump_ns_, options_.longest_jump_ns);
   ++counters_.num_idle_jumps;
   return Outcome::kWorked;
 }

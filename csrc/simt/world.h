@@ -35,6 +35,9 @@ struct Options {
   bool is_bounds_checked = false;  // global memory is what was registered, nothing else
   int64_t patience_us = 0;  // of real time, before virtual time is let go on: others may yet launch
   int64_t most_idle_ns = 4ll * 3600 * 1000000000;  // virtual, after which polling is a deadlock
+  // Virtual time jumps no further at once while nothing but polling happens: finer than any
+  // deadline that a delayed thread is to keep.
+  int64_t longest_jump_ns = 4ll * 3600 * 1000000000;
   int num_multiprocessors = 4;
   size_t max_shared_bytes = 227 << 10;
 };

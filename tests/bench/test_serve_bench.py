@@ -53,10 +53,17 @@ def test_pairs_are_compared_by_their_medians() -> None:
     assert found["pairs_not_worse"] == 2
 
 
-def test_the_report_is_one_file_that_says_the_figures(tmp_path: Path) -> None:
-    told = runs([12.0, 9.0, 20.0], [10.0, 10.0, 10.0])
+def test_a_median_of_tokens_that_were_read_together_is_not_compared() -> None:
+    found = serve_bench.compare(runs([12.0, 0.003, 20.0], [10.0, 10.0, 10.0]))
+    assert [pair["ratio"] for pair in found["pairs"]] == [1.2, None, 2.0]
+    assert (found["median_ratio"], found["pairs_not_worse"], found["pairs_compared"]) == (1.6, 2, 2)
+    found = serve_bench.compare(runs([12.0], [0.002]))
+    assert (found["median_ratio"], found["pairs_not_worse"], found["pairs_compared"]) == (None, 0, 0)
+
+
+def result_of(told: list[dict[str, Any]]) -> dict[str, Any]:
     curves = {metric: summarise([1000.0, 2000.0, 3000.0]).to_json() for metric in serve_bench.METRICS}
-    result = {
+    return {
         **provenance(),
         "method": serve_bench.METHOD,
         "settings": {"ranks": 2, "requests": 3, "rate": 8.0, "input_len": 32, "output_len": 32},
@@ -64,6 +71,10 @@ def test_the_report_is_one_file_that_says_the_figures(tmp_path: Path) -> None:
         "comparison": {metric: serve_bench.compare(told, metric) for metric in serve_bench.METRICS},
         "all_runs": {"moebius": curves, "gloo": curves},
     }
+
+
+def test_the_report_is_one_file_that_says_the_figures(tmp_path: Path) -> None:
+    result = result_of(runs([12.0, 9.0, 20.0], [10.0, 10.0, 10.0]))
     path = tmp_path / "deep" / "serve.html"
     write_report(path, result)
     text = path.read_text()
@@ -71,6 +82,16 @@ def test_the_report_is_one_file_that_says_the_figures(tmp_path: Path) -> None:
     assert "read up to 25% of the tokens" in text
     assert text.count("<tr><td>") == 4 + 6
     assert not re.search(r'(src|href)="', text)
+
+
+def test_the_report_where_nothing_could_be_compared(tmp_path: Path) -> None:
+    write_report(tmp_path / "serve.html", result_of(runs([0.002], [10.0])))
+    assert "no time per token was measured" in (tmp_path / "serve.html").read_text()
+
+
+def test_the_command_that_is_kept_has_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["moebius", "serve-bench", "/home/me/model", "--json", "a/b.json", "--rate", "2"])
+    assert provenance()["command"] == "python -m moebius serve-bench model --json a/b.json --rate 2"
 
 
 def test_the_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import moebius
-from moebius import AllToAll, Config
+from moebius import AllToAll, Config, VirtualNetwork
 from tests.helpers import gpu, simt
 from tests.helpers.launch import RankPool, in_threads
 
@@ -57,9 +57,10 @@ def run_single(
     skew: Skew | None = None,
     *,
     make: Callable[..., AllToAll] = AllToAll,
+    network: VirtualNetwork | None = None,
 ) -> list[Any]:
     """One thread, all ranks in turn from yield to yield; the skew is in the order of the ranks."""
-    ranks = [make(group, config) for group in moebius.virtual_ranks(num_ranks)]
+    ranks = [make(group, config) for group in moebius.virtual_ranks(num_ranks, network)]
     try:
         steps = {rank: program(a2a, *arguments[rank]) for rank, a2a in enumerate(ranks)}
         results: dict[int, Any] = {}
@@ -85,7 +86,12 @@ def run_simt(
 
 
 def run_simt_nodes(
-    per_node: int, config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Any = None
+    per_node: int,
+    config: Config,
+    num_ranks: int,
+    program: Program,
+    arguments: Sequence[tuple[Any, ...]],
+    skew: Skew | None = None,
 ) -> list[Any]:
     """As `run_simt`, in nodes of so many ranks: only those of one node reach each other without the network."""
     simt.extension().reset(simt.seed_of_test())
@@ -155,15 +161,35 @@ def drive(a2a: AllToAll, program: Program, rank: int, arguments: tuple[Any, ...]
 
 
 def run_threads(
-    config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+    config: Config,
+    num_ranks: int,
+    program: Program,
+    arguments: Sequence[tuple[Any, ...]],
+    skew: Skew | None = None,
+    *,
+    network: VirtualNetwork | None = None,
 ) -> list[Any]:
     """A thread for each rank."""
-    groups = moebius.virtual_ranks(num_ranks)
+    groups = moebius.virtual_ranks(num_ranks, network)
     return in_threads(
         num_ranks,
         lambda rank: run_rank(groups[rank], config, program, rank, arguments[rank], skew),
         timeout_s=TIMEOUT_S,
     )
+
+
+def over_network(run: Callable[..., list[Any]], ranks_per_host: int) -> Run:
+    """The same over an emulated network between hosts, as bad as it can be without making the suite slow."""
+
+    def run_over(
+        config: Config, num_ranks: int, program: Program, arguments: Sequence[tuple[Any, ...]], skew: Skew | None = None
+    ) -> list[Any]:
+        network = VirtualNetwork(ranks_per_host, seed=simt.seed_of_test(), max_delay_us=100.0, max_piece_bytes=700)
+        results = run(config, num_ranks, program, arguments, skew, network=network)
+        assert network.num_refused == 0, "a message went where its sender has no business"
+        return results
+
+    return run_over
 
 
 def run_processes(
@@ -193,6 +219,8 @@ ENGINES = {
         Engine("cpu-single", run_single, concurrent=False),
         Engine("cpu-threads", run_threads, concurrent=True),
         Engine("cpu-processes", run_processes, concurrent=True),
+        Engine("cpu-hosts-4x1", over_network(run_single, 1), concurrent=False),
+        Engine("cpu-hosts-2x2", over_network(run_threads, 2), concurrent=True, sizes=(3, 4)),
         Engine("simt", run_simt, concurrent=False),
         Engine("simt-2x2", functools.partial(run_simt_nodes, 2), concurrent=False, sizes=(4,)),
         Engine("simt-4x1", functools.partial(run_simt_nodes, 1), concurrent=False, sizes=(2, 4)),

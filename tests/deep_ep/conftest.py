@@ -14,7 +14,7 @@ from tests.deep_ep.worlds import run_processes, run_threads
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("deep_ep", "the surface suite of deep_ep")
     group.addoption("--deep-ep-module", default=OURS, help="module under test (default: moebius.deep_ep)")
-    group.addoption("--deep-ep-device", default="cpu", help="cpu, or cuda: rank i on device i (default: cpu)")
+    group.addoption("--deep-ep-device", default="cpu", help="cpu, or cuda: the GPUs in turn (default: cpu)")
     group.addoption("--deep-ep-ranks", type=int, default=2, help="ranks of the process world (default: 2)")
 
 

@@ -60,7 +60,8 @@ def _process_main(
     module_name: str, device: str, store: str, rank: int, num_ranks: int, names: list[str], reports: Any
 ) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
-    where = torch.device(device, rank) if device != "cpu" else torch.device(device)
+    # With fewer GPUs than ranks, several ranks share one.
+    where = torch.device(device) if device == "cpu" else torch.device(device, rank % torch.cuda.device_count())
     if where.type == "cuda":
         torch.cuda.set_device(where)
     seat = Seat(_load(module_name), distributed.group.WORLD, rank, num_ranks, where, module_name == OURS)

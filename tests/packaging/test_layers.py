@@ -12,7 +12,8 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "cuda", "engines", "group", "heap", "nvshmem", "plan", "results", "rounds", "slots"},
+    {"arguments", "cuda", "engines", "group", "heap", "nvshmem", "plan", "results", "rounds", "slots"}
+    | {"virtual_network"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)

@@ -1,16 +1,18 @@
-// Virtual ranks in threads against the engine itself, for the sanitizers: every access to a cell is
-// ordered by a signal or TSan says so. Values are small integers and weights powers of two, so
-// every sum is exact.
+// Virtual ranks in threads against the engine itself, for the sanitizers and the mutants: every
+// access to a cell is ordered by a signal or TSan says so. Values are small integers and weights
+// powers of two, so every sum is exact. Arguments: the cases to run, by name; none runs all.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <atomic>
+#include <algorithm>
 #include <chrono>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "cpu/emulated_network.h"
 #include "cpu/engine.h"
 #include "cpu/segment.h"
 
@@ -37,6 +39,15 @@ struct Case {
   int rounds;
   int stopping_rank;  // -1: none
   int stopping_round;
+  int ranks_per_host = 0;     // 0: all ranks share one
+  LinkConditions links = {};  // between hosts
+  int64_t chunk_bytes = 0;
+  bool is_hot = false;      // all tokens go to the experts of rank 0
+  bool is_paired = false;   // two rounds in flight
+  bool is_stalled = false;  // nothing leaves for the rank that stops, or from it
+
+  int host_of(int rank) const { return ranks_per_host > 0 ? rank / ranks_per_host : 0; }
+  bool is_over_network() const { return host_of(ranks - 1) > 0; }
 };
 
 struct Token {
@@ -52,7 +63,8 @@ std::vector<Token> tokens_of(const Case& c, int rank, int round) {
   for (Token& token : tokens) {
     token.value = static_cast<float>(1 + rng() % 15);
     for (int k = 0; k < c.topk; ++k) {
-      token.ids.push_back(static_cast<int32_t>(rng() % (c.experts + 1)) - 1);
+      const int some = c.is_hot ? c.experts / c.ranks : c.experts;
+      token.ids.push_back(static_cast<int32_t>(rng() % (some + 1)) - 1);
       token.weights.push_back(1.0f / (1 << rng() % 3));
     }
   }
@@ -71,19 +83,36 @@ struct World {
               c.hidden * 4,
               0,
               c.hidden * 4,
-              c.has_weights} {
-    for (int r = 0; r < c.ranks; ++r) heaps.push_back(Segment::create(HeapLayout::of(shape).total));
+              c.has_weights,
+              c.is_over_network()} {
+    const HeapLayout layout = HeapLayout::of(shape);
+    for (int r = 0; r < c.ranks; ++r) heaps.push_back(Segment::create(layout.total));
     for (auto& heap : heaps) addresses.push_back(heap.data());
+    if (c.is_over_network()) {
+      network = std::make_unique<EmulatedNetwork>(layout, addresses, c.links);
+    }
   }
+  // What rank `rank` has mapped.
+  std::vector<std::byte*> seen_by(const Case& c, int rank) const {
+    std::vector<std::byte*> seen = addresses;
+    for (int r = 0; r < c.ranks; ++r) {
+      if (c.host_of(r) != c.host_of(rank)) seen[r] = nullptr;
+    }
+    return seen;
+  }
+  Network* way_out(int rank) { return network ? &network->way_out(rank) : nullptr; }
+
   Shape shape;
   std::vector<Segment> heaps;
   std::vector<std::byte*> addresses;
+  std::unique_ptr<EmulatedNetwork> network;
 };
 
 class Rank {
  public:
   Rank(const Case& c, World& world, int rank)
       : case_(c),
+        world_(world),
         rank_(rank),
         rng_(77 + rank),
         layout_(HeapLayout::of(world.shape)),
@@ -94,27 +123,35 @@ class Rank {
                  Dtype::kFp32,
                  c.hidden,
                  kTimeoutNs,
-                 2},
+                 2,
+                 c.chunk_bytes},
                 rank,
-                world.addresses,
+                world.seen_by(c, rank),
                 std::vector<int>(c.ranks, 0),
-                *find_kernels("")) {
+                *find_kernels(""),
+                world.way_out(rank)) {
     const int64_t cells = int64_t{c.ranks} * c.max_tokens;
-    x_.resize(num_local() * cells * c.hidden);
-    y_.resize(c.is_token_major ? cells * c.hidden : x_.size());
-    info_.resize(num_local() * cells);
-    range_.resize(num_local() * c.ranks);
-    counts_.resize(num_local());
-    from_.resize(c.ranks);
+    for (Buffers& b : buffers_) {
+      b.x.resize(num_local() * cells * c.hidden);
+      b.y.resize(c.is_token_major ? cells * c.hidden : b.x.size());
+      b.info.resize(num_local() * cells);
+      b.range.resize(num_local() * c.ranks);
+      b.counts.resize(num_local());
+      b.from.resize(c.ranks);
+    }
   }
 
   void run() {
     for (int round = 0; round < case_.rounds; ++round) {
       if (rank_ == case_.stopping_rank && round == case_.stopping_round) {
         if (rng_() % 2 == 0) send(round);  // stops with its dispatch out, or before it
+        for (int r = 0; r < case_.ranks && case_.is_stalled; ++r) {
+          if (r != rank_) world_.network->cut(rank_, r, 0, true);
+        }
         return;
       }
-      const bool is_good = step(round);
+      const bool is_good = case_.is_paired ? step_pair(round) : step(round);
+      if (case_.is_paired) ++round;
       if (!is_good) {
         ++num_lost_;
         REQUIRE(case_.stopping_rank >= 0,
@@ -175,18 +212,19 @@ class Rank {
 
   // Expert e multiplies by e + 1.
   void run_experts(uint64_t epoch) {
+    Buffers& b = buffers_[epoch % 2];
     const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
     if (!case_.is_token_major) {
       for (int64_t l = 0; l < num_local(); ++l) {
         const float factor = static_cast<float>(rank_ * num_local() + l + 1);
-        for (int64_t i = 0; i < counts_[l] * case_.hidden; ++i) {
-          y_[l * rows * case_.hidden + i] = x_[l * rows * case_.hidden + i] * factor;
+        for (int64_t i = 0; i < b.counts[l] * case_.hidden; ++i) {
+          b.y[l * rows * case_.hidden + i] = b.x[l * rows * case_.hidden + i] * factor;
         }
       }
       return;
     }
     for (int64_t row = 0; row < rows; ++row) {
-      if (row % case_.max_tokens >= from_[row / case_.max_tokens]) continue;
+      if (row % case_.max_tokens >= b.from[row / case_.max_tokens]) continue;
       const int src = static_cast<int>(row / case_.max_tokens);
       const std::byte* cell =
           heap_ + layout_.cell(layout_.slot_of(epoch), src, row % case_.max_tokens);
@@ -199,8 +237,28 @@ class Rank {
           factor += weights[k] * static_cast<float>(rank_ * num_local() + ids[k] + 1);
       }
       const float* x = reinterpret_cast<const float*>(cell);
-      for (int64_t c = 0; c < case_.hidden; ++c) y_[row * case_.hidden + c] = x[c] * factor;
+      for (int64_t c = 0; c < case_.hidden; ++c) b.y[row * case_.hidden + c] = x[c] * factor;
     }
+  }
+
+  bool receive(uint64_t epoch) {
+    Buffers& b = buffers_[epoch % 2];
+    DispatchRecv recv{};
+    if (!case_.is_token_major) {
+      recv.x = reinterpret_cast<std::byte*>(b.x.data());
+      recv.src_info = b.info.data();
+      recv.layout_range = b.range.data();
+    }
+    recv.expert_num_tokens = b.counts.data();
+    recv.src_num_tokens = b.from.data();
+    return engine_.dispatch_recv(epoch, recv);
+  }
+
+  bool reply(uint64_t epoch) {
+    const int64_t row_bytes = case_.hidden * 4;
+    const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
+    const auto* y = reinterpret_cast<const std::byte*>(buffers_[epoch % 2].y.data());
+    return engine_.combine_send(epoch, {y, rows * row_bytes, row_bytes});
   }
 
   bool step(int round) {
@@ -208,26 +266,30 @@ class Rank {
     delay();
     if (!send(round)) return false;
     delay();
-    DispatchRecv recv{};
-    if (!case_.is_token_major) {
-      recv.x = reinterpret_cast<std::byte*>(x_.data());
-      recv.src_info = info_.data();
-      recv.layout_range = range_.data();
-    }
-    recv.expert_num_tokens = counts_.data();
-    recv.src_num_tokens = from_.data();
-    if (!engine_.dispatch_recv(epoch, recv)) return false;
+    if (!receive(epoch)) return false;
     if (round % 7 == 3) return true;  // dispatch only, on every rank
     run_experts(epoch);
     delay();
-    const int64_t row_bytes = case_.hidden * 4;
-    const int64_t rows = int64_t{case_.ranks} * case_.max_tokens;
-    if (!engine_.combine_send(
-            epoch, {reinterpret_cast<const std::byte*>(y_.data()), rows * row_bytes, row_bytes})) {
-      return false;
-    }
+    if (!reply(epoch)) return false;
     delay();
     return receive_combined(round, epoch);
+  }
+
+  bool step_pair(int round) {
+    const uint64_t epoch = engine_.num_rounds();
+    for (int i = 0; i < 2; ++i) {
+      if (!send(round + i)) return false;
+      delay();
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (!receive(epoch + i)) return false;
+      run_experts(epoch + i);
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (!reply(epoch + i)) return false;
+    }
+    delay();
+    return receive_combined(round, epoch) && receive_combined(round + 1, epoch + 1);
   }
 
   bool receive_combined(int round, uint64_t epoch) {
@@ -270,15 +332,20 @@ class Rank {
     return true;
   }
 
+  struct Buffers {
+    std::vector<float> x, y;
+    std::vector<int32_t> info, counts, from;
+    std::vector<int64_t> range;
+  };
+
   const Case& case_;
+  World& world_;
   const int rank_;
   std::mt19937 rng_;
   const HeapLayout layout_;
   std::byte* const heap_;
   Engine engine_;
-  std::vector<float> x_, y_;
-  std::vector<int32_t> info_, counts_, from_;
-  std::vector<int64_t> range_;
+  Buffers buffers_[2];  // by the parity of the round
   int num_lost_ = 0;
 };
 
@@ -289,12 +356,17 @@ void run(const Case& c) {
     threads.emplace_back([&c, &world, r] { Rank(c, world, r).run(); });
   }
   for (auto& thread : threads) thread.join();
+  if (world.network) REQUIRE(world.network->num_refused() == 0, "%s: refused messages", c.name);
   printf("%s ok\n", c.name);
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  // Late, in pieces, out of order across pairs.
+  const LinkConditions bad{1, 0, 300'000, 200, 0};
+  const LinkConditions narrow{2, 20'000, 0, 0, 0.5};
+  const LinkConditions fine{3, 0, 0, 0, 0};
   const Case cases[] = {
       {"expert_major, reduced", 4, 8, 3, 9, 2, 24, true, false, 60, -1, 0},
       {"expert_major, each row", 3, 9, 4, 7, 2, 20, false, false, 60, -1, 0},
@@ -302,7 +374,37 @@ int main() {
       {"one rank", 1, 4, 2, 5, 2, 8, true, false, 20, -1, 0},
       {"a rank stops", 3, 6, 2, 6, 2, 16, true, false, 12, 1, 4},
       {"a rank stops, token_major", 4, 8, 2, 6, 2, 16, true, true, 12, 3, 5},
+      {"2 x 2, reduced", 4, 8, 3, 9, 2, 24, true, false, 60, -1, 0, 2, bad},
+      {"4 x 1, each row", 4, 8, 4, 7, 2, 20, false, false, 40, -1, 0, 1, bad},
+      {"4 x 1, token_major, chunks", 4, 8, 3, 9, 3, 36, true, true, 60, -1, 0, 1, bad, 600},
+      {"2 + 1, narrow", 3, 9, 4, 7, 2, 20, true, false, 40, -1, 0, 2, narrow},
+      {"4 x 1, hot, reduced", 4, 8, 1, 9, 2, 24, true, false, 40, -1, 0, 1, bad, 0, true},
+      {"4 x 1, hot, each row", 4, 8, 4, 9, 2, 24, false, false, 40, -1, 0, 1, bad, 0, true},
+      {"4 x 1, two in flight", 4, 8, 3, 9, 2, 24, true, false, 60, -1, 0, 1, bad, 0, false, true},
+      {"3 x 1, a rank stops", 3, 6, 2, 6, 2, 16, true, false, 12, 1, 4, 1, fine},
+      {"2 x 2, a rank stalls",
+       4,
+       8,
+       2,
+       6,
+       2,
+       16,
+       true,
+       true,
+       12,
+       3,
+       5,
+       2,
+       bad,
+       0,
+       false,
+       false,
+       true},
   };
-  for (const Case& c : cases) run(c);
+  for (const Case& c : cases) {
+    const bool is_meant = std::any_of(
+        argv + 1, argv + argc, [&](const char* name) { return strcmp(name, c.name) == 0; });
+    if (argc == 1 || is_meant) run(c);
+  }
   return 0;
 }

@@ -30,4 +30,4 @@ def test_core_is_clean_under(sanitizer: str, tmp_path: Path) -> None:
     subprocess.run(build, check=True, timeout=300)
     ran = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert ran.stdout.count(" ok\n") == 6
+    assert ran.stdout.count(" ok\n") == 15

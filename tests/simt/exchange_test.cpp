@@ -43,6 +43,7 @@ constexpr Planted kPlanted[] = {
     {Bug::kNoInitSync, "barrier used before its initialisation is known"},
 };
 
+constexpr int kEnough = 3;  // seeds that catch a mistake
 constexpr int kRanks = 3, kRounds = 8;
 
 uint32_t word(int rank, int row, int i) {
@@ -149,6 +150,7 @@ int main(int argc, char** argv) {
         first = wrong;
         first_seed = seed;
       }
+      if (planted.bug != Bug::kNone && num_wrong == kEnough) break;
     }
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

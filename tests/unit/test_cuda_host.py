@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import moebius
-from moebius import AllToAll, Config, ConfigError, CudaError, NativeNotBuiltError, PeerAccessError, engines
+from moebius import AllToAll, Config, ConfigError, CudaError, NativeNotBuiltError, PeerAccessError, engines, native
 from moebius.cuda import files, peers
 from moebius.cuda.peers import About
 from moebius.faults import error_of
-from tests.helpers import gpu
+from tests.helpers import gpu, simt
 
 CONFIG = Config(num_experts=4, num_topk=2, hidden=16, max_num_tokens=4)
 
@@ -106,3 +106,15 @@ def test_a_cuda_error_keeps_the_call_and_its_code() -> None:
 def test_a_stale_half_is_a_state_error() -> None:
     fault = {"kind": 4, "epoch": 7, "rank": 0, "expected": 7, "observed": 12}
     assert isinstance(error_of(fault, "combine", "send", 4), moebius.StateError)
+
+
+@pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+def test_both_makes_of_the_engine_fit_in_a_process() -> None:
+    native.core()
+    try:
+        built = native.cuda()
+    except NativeNotBuiltError as error:
+        pytest.skip(str(error))
+    emulated = simt.extension()
+    assert built.Engine is not emulated.Engine
+    assert emulated.num_devices() == 1

@@ -1,6 +1,7 @@
 """`serve-bench` over two real servers, in small."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,8 +22,18 @@ def test_a_pair_of_runs(model: Callable[[str], Path], tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "serve.json"), "--report", str(tmp_path / "serve.html")]
     env = runs.environment()
     env.pop("VLLM_CPU_OMP_THREADS_BIND")
-    ran = subprocess.run([*command, *small, *files], env=env, capture_output=True, text=True, timeout=400, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:] + ran.stdout[-2000:]
+    with subprocess.Popen(
+        [*command, *small, *files], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as ran:
+        try:
+            said, _ = ran.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            # Interrupted it ends its servers, of which one is halted; killed it would leave both.
+            ran.send_signal(signal.SIGINT)
+            said, _ = ran.communicate(timeout=60)
+        finally:
+            ran.kill()
+    assert ran.returncode == 0, said[-6000:]
     found = json.loads((tmp_path / "serve.json").read_text())
     assert {run["side"] for run in found["runs"]} == {"moebius", "gloo"}
     assert all(run["completed"] == 6 and run["failed"] == 0 for run in found["runs"])

