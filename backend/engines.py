@@ -11,6 +11,7 @@ from . import heap, native, slots
 from .arguments import Place
 from .errors import ConfigError, MoebiusError, RoutingError
 from .faults import error_of
+from .group import VirtualRank
 from .rounds import Round, RoundTable
 from .wire import Wire, engine_fields, shape_fields, shape_of
 
@@ -238,7 +239,7 @@ def make(group: heap.Group, config: Config, device: torch.device, num_sms: int |
         if transport != "auto":
             raise ConfigError(f"`transport` belongs to CUDA devices (got {transport!r} for the CPU)")
         return CpuEngine(group, config)
-    if len(set(heap.hosts(group))) > 1:
+    if isinstance(group, VirtualRank) and len(set(heap.hosts(group))) > 1:
         raise ConfigError("ranks on several hosts need the CPU engine")
     from .cuda.engine import CudaEngine
 
