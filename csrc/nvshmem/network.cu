@@ -36,7 +36,13 @@ __device__ void put_word(int dst, uint64_t* to, uint64_t word) {
 
 __device__ void put_word(int dst, uint32_t* to, uint32_t word) { nvshmem_uint32_p(to, word, dst); }
 
-__device__ void network_fence() { nvshmem_fence(); }
+// It is about all that this PE has posted, and may look at every queue: once is enough for the
+// threads that come here together.
+__device__ void network_fence() {
+  const unsigned together = __activemask();
+  if (lane() == __ffs(static_cast<int>(together)) - 1) nvshmem_fence();
+  __syncwarp(together);
+}
 
 __device__ void network_quiet() { nvshmem_quiet(); }
 

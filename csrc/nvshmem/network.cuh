@@ -20,7 +20,7 @@ __device__ void warp_put_signal(int dst,
                                 uint64_t* signal,
                                 uint64_t word);
 __device__ void warp_put(int dst, std::byte* to, const std::byte* from, int64_t num_bytes);
-// By one thread.
+// By one thread, or several that come here together.
 __device__ void put_word(int dst, uint64_t* to, uint64_t word);
 __device__ void put_word(int dst, uint32_t* to, uint32_t word);
 __device__ void network_fence();

@@ -12,7 +12,7 @@ from moebius.cuda.engine import CudaEngine
 from moebius.heap import rank_and_size
 from moebius.nvshmem import world
 from moebius.nvshmem.memory import allocate
-from tests.helpers.rounds import Halves, Result
+from tests.helpers.rounds import Halves, Result, dispatch_arguments
 from tests.kernels.programs import device_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,31 @@ def rounds(
             a2a.synchronize()
             found = seen(a2a)
     return Result.of(halves), found
+
+
+def replays(group: Any, config: Config, given: RankRound, times: int) -> list[bool]:
+    """Whether replays of a captured round over puts, with eager ones in between, give what an eager one gave."""
+    a2a = make(group, config, by_puts=True)
+    arguments = dispatch_arguments(config, given.inputs, a2a.device)
+
+    def step() -> torch.Tensor:
+        recv = a2a.dispatch(**arguments)
+        return a2a.combine(recv.x.to(a2a.wire.output_dtype), recv)
+
+    eager = step()
+    a2a.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        home = step()
+    same = []
+    for _ in range(times):
+        home.zero_()
+        graph.replay()
+        again = step()
+        a2a.synchronize()
+        same += [torch.equal(home, eager), torch.equal(again, eager)]
+    a2a.close()
+    return same
 
 
 def waits_in_vain(group: Any, config: Config, given: RankRound) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tests.helpers import gpu
 from tests.helpers.cases import MODES, Case
 from tests.helpers.launch import RankPool
 from tests.helpers.rounds import check_rank, expect, of_rank
-from tests.nvshmem.programs import rounds, waits_in_vain
+from tests.nvshmem.programs import replays, rounds, waits_in_vain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +76,14 @@ def test_two_ranks_by_puts(pair: RankPool, mode: Any, routing: str, record_prope
 def test_twenty_objects_one_after_another(pair: RankPool) -> None:
     for seen in check_rounds(pair, Case(), times=20):
         assert seen["blocks"] <= 3
+
+
+def test_replayed_graphs_put(pair: RankPool) -> None:
+    case = Case(hidden=512)
+    expected = expect(case, 0)
+    jobs = [(case.config(), expected.of(rank), 5) for rank in range(2)]
+    for same in pair.run(replays, jobs, timeout_s=100.0):
+        assert same == [True] * 10
 
 
 def test_a_rank_that_never_comes_is_named_over_the_network() -> None:
