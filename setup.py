@@ -86,6 +86,46 @@ def cuda(nvcc: str) -> Pybind11Extension:
     )
 
 
+def find_nvshmem() -> Path | None:
+    """NVSHMEM's folder (include, lib): that of `NVSHMEM_HOME`, or of the wheel that this Python has."""
+    homes = [Path(home) for home in filter(None, [os.environ.get("NVSHMEM_HOME")])]
+    homes += [Path(folder) / "nvidia" / "nvshmem" for folder in sys.path if folder]
+    return next((home for home in homes if (home / "lib" / "libnvshmem_device.a").exists()), None)
+
+
+NVSHMEM = None if NVCC is None or os.environ.get("MOEBIUS_NVSHMEM") == "0" else find_nvshmem()
+
+
+def nvshmem(nvcc: str, home: Path) -> Pybind11Extension:
+    """The CUDA engine over NVSHMEM: the same sources, the network's calls bound by the device linker.
+
+    The host library is linked by name and found by nobody: `moebius.native` loads the wheel's before this extension.
+    """
+    made = cuda(nvcc)
+    made.name = made._full_name = f"{PACKAGE}._nvshmem"
+    made.sources += files("csrc/nvshmem/*.cu")
+    made.define_macros.append(("MOEBIUS_NVSHMEM", "1"))
+    made.library_dirs.append(str(home / "lib"))
+    # -l:name takes the file as it is called; the wheel has no libnvshmem_host.so to be found by -lnvshmem_host.
+    made.extra_link_args += ["-l:libnvshmem_host.so.3", "-lnvshmem_device", "-lcudadevrt"]
+    # Or the copy of the device library that another extension has (torch's) could take the place of this one's.
+    made.extra_link_args += ["-Wl,--exclude-libs,ALL"]
+    made.extra_link_args += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]  # once more: those before need them
+    return made
+
+
+def run_nvcc(*arguments: str, to: str) -> None:
+    """Make the object `to`.
+
+    Raises:
+        CompileError: nvcc failed. (SystemExit would hang the pool of threads.)
+    """
+    try:
+        subprocess.run([str(NVCC), *arguments, "-o", to], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"nvcc failed on {to} ({error})") from error
+
+
 def compile_with_nvcc(compiler: Any) -> None:
     """Make a setuptools compiler hand the .cu files to nvcc."""
     compiler.src_extensions.append(".cu")
@@ -95,15 +135,21 @@ def compile_with_nvcc(compiler: Any) -> None:
         if ext != ".cu":
             compile_one(obj, src, ext, cc_args, postargs, pp_opts)
             return
-        command = [NVCC, *NVCC_FLAGS, "-Icsrc", "-c", src, "-o", obj]
-        compiler.announce(" ".join(map(str, command)), 1)
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            # SystemExit would hang the pool of threads.
-            raise CompileError(f"nvcc failed on {src} ({error})") from error
+        flags = NVCC_FLAGS
+        if "-DMOEBIUS_NVSHMEM=1" in pp_opts:
+            flags = [*flags, "-DMOEBIUS_NVSHMEM=1", "-rdc=true", "-isystem", str(NVSHMEM and NVSHMEM / "include")]
+        if src.startswith("csrc/nvshmem/"):  # NVSHMEM's own functions have stacks
+            flags = [flag for flag in flags if "warn-on" not in flag]
+        run_nvcc(*flags, "-Icsrc", "-c", src, to=obj)
 
     compiler._compile = _compile
+
+
+def link_for_device(objects: list[str], to: str) -> None:
+    """Bind the kernels of relocatable objects to NVSHMEM's device library."""
+    archs = [flag for flag in NVCC_FLAGS if flag.startswith("-gencode")]
+    library = f"-L{NVSHMEM and NVSHMEM / 'lib'}"
+    run_nvcc("-dlink", "-Xcompiler=-fPIC", *archs, *objects, library, "-lnvshmem_device", to=to)
 
 
 def announce_cuda() -> None:
@@ -115,6 +161,15 @@ def announce_cuda() -> None:
     else:
         line = "skipped (no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda)"
     print(f"moebius: CUDA extension {line}", file=sys.stderr)
+    if NVSHMEM is not None:
+        line = f"against {NVSHMEM}"
+    elif NVCC is None:
+        line = "skipped (no CUDA extension)"
+    elif os.environ.get("MOEBIUS_NVSHMEM") == "0":
+        line = "skipped (MOEBIUS_NVSHMEM=0)"
+    else:
+        line = "skipped (no NVSHMEM: pip install nvidia-nvshmem-cu13, or set NVSHMEM_HOME)"
+    print(f"moebius: NVSHMEM extension {line}", file=sys.stderr)
 
 
 HEADERS = ["setup.py", *files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")]
@@ -148,12 +203,35 @@ class BuildExt(build_ext):
             compile_with_nvcc(self.compiler)
         super().build_extensions()
 
+    def build_extension(self, ext: Any) -> None:
+        """Keep the relocatable objects apart from the others of the same sources, and link them for the device."""
+        if ext.name != f"{PACKAGE}._nvshmem":
+            super().build_extension(ext)
+            return
+        place, self.build_temp = self.build_temp, f"{self.build_temp}-nvshmem"
+        link, compiler = self.compiler.link_shared_object, self.compiler
+
+        def link_both(objects: list[str], *rest: Any, **more: Any) -> None:
+            linked = os.path.join(self.build_temp, "linked.o")
+            link_for_device(objects, to=linked)
+            link([*objects, linked], *rest, **more)
+
+        compiler.link_shared_object = link_both
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp, compiler.link_shared_object = place, link
+
 
 ParallelCompile("MOEBIUS_BUILD_JOBS", needs_recompile=needs_recompile).install()
 setup(
     packages=packages(),
     package_dir=FOLDERS,
     package_data={PACKAGE: ["py.typed", "*.pyi"]},
-    ext_modules=[core(), *([cuda(NVCC)] if NVCC is not None else [])],
+    ext_modules=[
+        core(),
+        *([cuda(NVCC)] if NVCC is not None else []),
+        *([nvshmem(NVCC, NVSHMEM)] if NVCC is not None and NVSHMEM is not None else []),
+    ],
     cmdclass={"build_ext": BuildExt},
 )

@@ -52,6 +52,7 @@ class AllToAll:
         device: torch.device | str | int | None = None,
         *,
         num_sms: int | None = None,
+        transport: str = "auto",
     ) -> None:
         """Allocate this rank's memory and map that of the others.
 
@@ -62,6 +63,7 @@ class AllToAll:
             config: the shape of everything.
             device: where the tensors of the calls are, the CPU or a CUDA device; None is torch's default device.
             num_sms: on CUDA, the SMs that a half may occupy; None is all of them.
+            transport: on CUDA, "direct" maps the others' memory, "nvshmem" goes by NVSHMEM; "auto" by it where it must.
 
         Raises:
             ConfigError: the config does not fit the group, or differs between ranks.
@@ -70,7 +72,7 @@ class AllToAll:
             CudaError: there is no such device, or no driver; says which.
         """
         self.rank, self.num_ranks = heap.rank_and_size(group)
-        self._engine: engines.Engine | None = self._make_engine(group, config, device, num_sms)
+        self._engine: engines.Engine | None = self._make_engine(group, config, device, num_sms, transport)
         self.config = config
         self.wire = Wire.of(config)
         self.engine = self._engine.name
@@ -81,9 +83,9 @@ class AllToAll:
 
     @staticmethod
     def _make_engine(
-        group: heap.Group, config: Config, device: torch.device | str | int | None, num_sms: int | None
+        group: heap.Group, config: Config, device: Any, num_sms: int | None, transport: str
     ) -> engines.Engine:
-        return engines.make(group, config, engines.resolve(device), num_sms)
+        return engines.make(group, config, engines.resolve(device), num_sms, transport)
 
     def __enter__(self) -> AllToAll:
         """Return itself; leaving the block closes it."""
@@ -342,11 +344,7 @@ class AllToAll:
         return out
 
     def _open(self) -> engines.Engine:
-        """The engine.
-
-        Raises:
-            StateError: the object is closed.
-        """
+        """The engine; a `StateError` once the object is closed."""
         if self._engine is None:
             raise StateError("this AllToAll is closed")
         return self._engine

@@ -236,19 +236,21 @@ def resolve(device: torch.device | str | int | None) -> torch.device:
     return found
 
 
-def make(group: heap.Group, config: Config, device: torch.device, num_sms: int | None) -> Engine:
+def make(group: heap.Group, config: Config, device: torch.device, num_sms: int | None, transport: str) -> Engine:
     """Make the engine of `device` for one rank. Collective.
 
     Raises:
-        ConfigError: the config does not fit the group, or `num_sms` the device.
+        ConfigError: the config does not fit the group, or `num_sms` or `transport` the device.
     """
     shape_fields(config, heap.rank_and_size(group)[1])
     if device.type == "cpu":
         if num_sms is not None:
             raise ConfigError(f"`num_sms` belongs to CUDA devices (got {num_sms!r} for the CPU)")
+        if transport != "auto":
+            raise ConfigError(f"`transport` belongs to CUDA devices (got {transport!r} for the CPU)")
         return CpuEngine(group, config)
     if isinstance(group, VirtualRank) and len(set(heap.hosts(group))) > 1:
         raise ConfigError("ranks on several hosts need the CPU engine")
     from .cuda.engine import CudaEngine
 
-    return CudaEngine.on_device(group, config, device, num_sms)
+    return CudaEngine.on_device(group, config, device, num_sms, transport)

@@ -80,6 +80,12 @@ VARIABLES = (
         "80 90a 100a",
         "GPUs that the CUDA extension is built for; read by setup.py",
     ),
+    Variable(
+        "MOEBIUS_NVSHMEM",
+        ("0",),
+        "built when CUDA's is and NVSHMEM is there",
+        "build without the NVSHMEM extension; read by setup.py",
+    ),
     Variable("MOEBIUS_BUILD_JOBS", "a number", "one per core", "compilers that run at once; read by setup.py"),
 )
 
@@ -139,6 +145,11 @@ def vllm_num_sms() -> int | None:
 def host() -> str:
     """The name that sets this rank's host apart; empty for none."""
     return os.environ.get(HOST.name, "")
+
+
+def nvshmem_home() -> str | None:
+    """Where NVSHMEM is installed, by the variable of its own; None where that is unset."""
+    return os.environ.get("NVSHMEM_HOME") or None
 
 
 def for_child(defaults: dict[str, str]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class CudaError(MoebiusError):
 
     Attributes:
         call: the function of CUDA's that failed.
-        code: what it returned, a `cudaError_t` or, for names in "cu" and a capital, a `CUresult`.
+        code: what it returned, a `cudaError_t`; for names in "cu" and a capital a `CUresult`, in "nvshmem" its status.
     """
 
     def __init__(self, call: str, code: int, message: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
 from typing import Any
 
 from . import env
@@ -38,6 +41,46 @@ def cuda() -> Any:
             "checkout, `make ext`"
         ) from error
     return _cuda
+
+
+def nvshmem() -> Any:
+    """The extension with the CUDA engine over NVSHMEM; `_nvshmem.pyi` types what it has beside that of `_cuda.pyi`.
+
+    NVSHMEM's host library, which another package brings, is loaded before it, for the whole process. Both load where
+    there is no GPU.
+
+    Raises:
+        NativeNotBuiltError: one of them is not there, or does not load; says which.
+    """
+    try:
+        ctypes.CDLL(str(_nvshmem_library()), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise NativeNotBuiltError(
+            f"NVSHMEM's host library cannot be loaded ({error}); install it anew: pip install --force-reinstall "
+            "'moebius[nvshmem-cu13]' (or -cu12, as torch's CUDA)"
+        ) from error
+    try:
+        from . import _nvshmem
+    except ImportError as error:
+        raise NativeNotBuiltError(
+            f"moebius._nvshmem cannot be loaded ({error}); it is built where nvcc and the package nvidia-nvshmem-cu13 "
+            "(or -cu12) are, by `pip install --no-build-isolation .` or, in a checkout, `make ext`"
+        ) from error
+    return _nvshmem
+
+
+def _nvshmem_library() -> Path:
+    home = env.nvshmem_home()
+    folders = [Path(home)] if home else []
+    folders += [Path(entry) / "nvidia" / "nvshmem" for entry in sys.path if entry]
+    for folder in folders:
+        library = folder / "lib" / "libnvshmem_host.so.3"
+        if library.exists():
+            return library
+    raise NativeNotBuiltError(
+        "NVSHMEM's host library (libnvshmem_host.so.3) is not here: pip install 'moebius[nvshmem-cu13]' (or -cu12, as "
+        "torch's CUDA), or set NVSHMEM_HOME"
+    )
 
 
 def simd_level() -> str:

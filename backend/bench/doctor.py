@@ -27,12 +27,13 @@ def examine() -> dict[str, Any]:
     """Look at everything; raises nothing.
 
     Returns:
-        machine, engines (each with `works`, and `why` where it does not), memory, warnings, works.
+        machine, engines (each with `works`, and `why` where it does not), nvshmem (likewise), memory, warnings, works.
     """
     engines = {"cpu": _cpu_engine(), "cuda": _cuda_engine()}
     memory = {"dev_shm": _shared_memory(), "memfd": _memfd()}
     works = any(engine["works"] for engine in engines.values())
     found = {"kind": "doctor", "machine": machine(), "engines": engines, "memory": memory, "works": works}
+    found["nvshmem"] = _nvshmem()
     return {**found, "warnings": _warnings(found)}
 
 
@@ -59,6 +60,18 @@ def _cuda_engine() -> dict[str, Any]:
         found["strangers"] = _strangers()
         found["between_processes"] = _between_processes()
     return found
+
+
+def _nvshmem() -> dict[str, Any]:
+    """The way to GPUs of other hosts. Loads the library, and calls nothing of it that needs a GPU."""
+    found: dict[str, Any] = {"works": False, "why": "", "version": None}
+    try:
+        extension = native.nvshmem()
+        found["version"] = ".".join(map(str, extension.version_loaded()))
+        extension.num_devices()
+    except MoebiusError as error:
+        return {**found, "why": str(error)}
+    return {**found, "works": True}
 
 
 def _strangers() -> list[tuple[int, int]]:
@@ -155,6 +168,12 @@ def print_findings(found: dict[str, Any]) -> None:
             if engine["between_processes"]["works"]:
                 ways = ", ".join(engine["between_processes"]["ways"])
                 out(f"{_INSIDE}{'':<6} memory between processes by {ways}")
+    network = found["nvshmem"]
+    version = f" {network['version']}" if network["version"] else ""
+    state = "works" if network["works"] else f"not here: {network['why']}"
+    out()
+    out("Between hosts")
+    out(f"{_INSIDE}NVSHMEM{version}, for cuda: {state}")
     out()
     out("Memory between processes")
     free = memory["dev_shm"].get("free_bytes")

@@ -17,9 +17,7 @@ from moebius.faults import FAULT_ROUTING, HALVES, error_of
 from moebius.group import VirtualRank
 from moebius.heap import rank_and_size
 from moebius.rounds import Round, RoundTable
-from moebius.wire import Wire, engine_fields, shape_fields, shape_of
-
-from .memory import SymmetricMemory, allocate
+from moebius.wire import Wire, engine_fields, shape_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
 
     from moebius.config import Config
     from moebius.heap import Group
+
+    from .memory import SymmetricMemory
 
 HANDLE_BYTES = 8
 ALIGNMENT = 16  # bytes: what a bulk copy moves at least
@@ -53,15 +53,15 @@ class Machine:
     current_stream: Callable[[], int]
 
     @classmethod
-    def of_device(cls, device: torch.device) -> Machine:
-        """A CUDA device.
+    def of_device(cls, device: torch.device, extension: Any = None) -> Machine:
+        """A CUDA device, run by `_cuda` or by the extension given.
 
         Raises:
             NativeNotBuiltError: the extension is missing.
             CudaError: there is no GPU or no driver; says which.
             ConfigError: there are GPUs, but not this one, or torch cannot use them.
         """
-        extension = native.cuda()
+        extension = extension or native.cuda()
         num_devices = extension.num_devices()
         if device.index >= num_devices:
             raise ConfigError(f"`device` must be one of the {num_devices} CUDA devices here (got {device})")
@@ -137,19 +137,22 @@ class CudaEngine(Engine):
         )
 
     @classmethod
-    def on_device(cls, group: Group, config: Config, device: torch.device, num_sms: int | None) -> CudaEngine:
+    def on_device(
+        cls, group: Group, config: Config, device: torch.device, num_sms: int | None, transport: str
+    ) -> CudaEngine:
         """Make the memory of one rank and its engine; collective. See `AllToAll`."""
-        machine = Machine.of_device(device)
+        from .transports import connect, machine_for  # they need this module
+
+        machine = machine_for(group, device, transport)
         most = machine.native.num_multiprocessors(device.index)
         if num_sms is not None and (not isinstance(num_sms, int) or not 1 <= num_sms <= most):
             raise ConfigError(f"`num_sms` must be None or an int in [1, {most}] (got {num_sms!r})")
-        rank, num_ranks = rank_and_size(group)
+        _, num_ranks = rank_and_size(group)
         if num_sms is None and isinstance(group, VirtualRank):
             # Kernels of ranks that wait for one another have to fit on the device together.
             num_sms = max(1, most // num_ranks)
-        num_bytes = native.core().HeapLayout(shape_of(config, num_ranks)).total
-        fingerprint = repr(config)
-        return cls(config, machine, allocate(group, rank, num_bytes, fingerprint, machine), num_sms or 0)
+        machine, memory = connect(group, config, machine, transport)
+        return cls(config, machine, memory, num_sms or 0)
 
     @property
     def epoch(self) -> int:

@@ -1,5 +1,6 @@
-// Python's view of the CUDA engine, and, of the same source with MOEBIUS_SIMT, of the one on the
-// host executor. Raw addresses and integers only. backend/_cuda.pyi types it.
+// Python's view of the CUDA engine, and, of the same source, of the one on the host executor
+// (MOEBIUS_SIMT) and of the one over NVSHMEM (MOEBIUS_NVSHMEM). Raw addresses and integers only.
+// backend/_cuda.pyi types it, backend/_nvshmem.pyi what NVSHMEM adds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,9 @@
 
 #if defined(MOEBIUS_SIMT)
 #include "bindings/simt.h"
+#endif
+#if defined(MOEBIUS_NVSHMEM)
+#include "bindings/nvshmem.h"
 #endif
 
 namespace py = pybind11;
@@ -215,6 +219,7 @@ void bind_engine(py::module_& m) {
   // What waits for the device lets other threads of Python on: their ranks may be what it waits
   // for.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
+  // Local, as one process may load several of these modules.
   py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine", py::module_local())
       .def(py::init(&make_engine),
            Unlocked(),
@@ -290,6 +295,10 @@ void translate(std::exception_ptr raised) {
 PYBIND11_MODULE(_simt, m) {
   m.doc() = "moebius CUDA engine on the host executor; for tests";
   moebius::simt::bind(m);
+#elif defined(MOEBIUS_NVSHMEM)
+PYBIND11_MODULE(_nvshmem, m) {
+  m.doc() = "moebius CUDA engine over NVSHMEM";
+  moebius::nvshmem::bind(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "moebius CUDA engine";

@@ -173,7 +173,7 @@ class SimtAllToAll(AllToAll):
         return home
 
     def _make_engine(  # type: ignore[override]
-        self, group: VirtualRank, config: Config, device: Any, num_sms: int | None
+        self, group: VirtualRank, config: Config, device: Any, num_sms: int | None, transport: str
     ) -> engines.Engine:
         simt = extension()
         rank, num_ranks = rank_and_size(group)

@@ -36,7 +36,7 @@ class Shared(AllToAll):
         return type("Shared", (cls,), {"how": how})
 
     def _make_engine(  # type: ignore[override]
-        self, group: Any, config: Config, device: torch.device, num_sms: int | None
+        self, group: Any, config: Config, device: torch.device, num_sms: int | None, transport: str
     ) -> engines.Engine:
         machine = Machine.of_device(device)
         rank, num_ranks = rank_and_size(group)

@@ -12,11 +12,12 @@ LAYERS = (
     {"_version", "config", "env", "errors"},
     {"native"},
     {"checks", "faults", "wire"},
-    {"arguments", "cuda", "engines", "group", "heap", "hosts", "plan", "results", "rounds", "slots", "virtual_network"},
+    {"arguments", "cuda", "engines", "group", "heap", "hosts", "nvshmem", "plan", "results", "rounds", "slots"}
+    | {"virtual_network"},
     {"all_to_all", "ops"},
 )
 TOP = len(LAYERS)
-EXTENSIONS = {"_core", "_cuda"}
+EXTENSIONS = {"_core", "_cuda", "_nvshmem"}
 FOLDERS = {"backend": "moebius", "graphs": "moebius.graphs"}  # folder -> installed name
 
 
