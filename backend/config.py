@@ -76,7 +76,7 @@ class Config:
         self._check_int("depth", 2, MAX_DEPTH)
         self._check_int("payload_bytes", 0, 1 << 26)
         self._check_int("scale_bytes", 0, 1 << 20)
-        self._check_int("chunk_bytes", 0, 1 << 40)
+        self._check_int("chunk_bytes", 0, 1 << 30)
         for name, choices in (
             ("payload", get_args(Payload)),
             ("scale_format", get_args(ScaleFormat)),

@@ -223,7 +223,7 @@ BAD_FIELDS: dict[str, list[Any]] = {
     "hidden": [*INTS, 0, 7],
     "max_num_tokens": [*INTS, 0, (1 << 20) + 1],
     "depth": [*INTS, 0, 1, 9],
-    "chunk_bytes": [*INTS, (1 << 40) + 1],
+    "chunk_bytes": [*INTS, (1 << 30) + 1],
     "payload_bytes": [*INTS, 32, 17],  # the payload is not opaque
     "scale_bytes": [*INTS, 32, 3],
     "payload": WORDS,
