@@ -43,7 +43,8 @@ class Config:
         scale_bytes: bytes of scales that travel beside one opaque token, a multiple of 4; 0 for none.
         depth: D, rounds that may be open at once.
         chunk_bytes: most bytes of one message of dispatch to a rank on another host, so that the network carries the
-            first while the next are written; 0 sends one message to each rank.
+            first while the next are written; 0 sends one message to each rank. CPU engine; on CUDA the last block posts
+            each rank's message when all are written, and there is nothing to overlap.
         timeout_s: deadline of every wait, in seconds.
 
     Raises:
