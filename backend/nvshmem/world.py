@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import datetime
+import datetime as dt
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,7 +259,7 @@ def _finalize_at_exit(machine: Machine, rank: int, num_ranks: int, unique_id: by
     def end() -> None:
         try:
             store.set(keys[rank], "ends")
-            store.wait(keys, datetime.timedelta(seconds=FINALIZE_TIMEOUT_S))
+            store.wait(keys, dt.timedelta(seconds=FINALIZE_TIMEOUT_S))
         except (RuntimeError, ValueError):  # what torch raises, also once the store's host is gone
             return
         with torch.cuda.device(machine.device):
