@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import threading
+import datetime as dt
+import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -230,7 +231,7 @@ def join(group: Group, device: torch.device) -> World:
             torch.empty(1, device=device)  # makes the context that NVSHMEM takes
             machine.native.init(rank, num_ranks, told[0].unique_id)
             _world = World(group, rank, members, machine)
-        _finalize_at_exit(machine)
+        _finalize_at_exit(machine, rank, num_ranks, told[0].unique_id)
     return _world
 
 
@@ -246,22 +247,23 @@ def _check_is_the_same(members: tuple[int, ...], device: torch.device) -> None:
         raise ConfigError(f"`device` must be {_world.machine.device}, where NVSHMEM was initialised (got {device})")
 
 
-def _finalize_at_exit(machine: Machine) -> None:
-    """Let NVSHMEM end in order, which waits for the other ranks; but not for long."""
-    is_over, is_done = threading.Event(), threading.Event()
-
-    def finalize() -> None:
-        is_over.wait()
-        machine.native.set_device(machine.ordinal)
-        machine.native.finalize()
-        is_done.set()
-
-    # Started now: at exit Python starts none.
-    threading.Thread(target=finalize, daemon=True, name="moebius-nvshmem").start()
+def _finalize_at_exit(machine: Machine, rank: int, num_ranks: int, unique_id: bytes) -> None:
+    """Let NVSHMEM end in order when all ranks end; it waits for them, and without one that died it would for ever."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError):
+        return  # a group that torch did not make: the process ends without
+    name = hashlib.sha256(unique_id).hexdigest()[:16]
+    keys = [f"moebius-nvshmem-{name}-{peer}" for peer in range(num_ranks)]
 
     def end() -> None:
-        is_over.set()
-        is_done.wait(FINALIZE_TIMEOUT_S)
+        try:
+            store.set(keys[rank], "ends")
+            store.wait(keys, dt.timedelta(seconds=FINALIZE_TIMEOUT_S))
+        except (RuntimeError, ValueError):  # what torch raises, also once the store's host is gone
+            return
+        with torch.cuda.device(machine.device):
+            machine.native.finalize()
 
     atexit.register(end)
 

@@ -37,7 +37,6 @@ inline void bind(py::module_& m) {
   });
   m.def("quiet", &quiet, Unlocked());
   m.def("keeps_network_order", &keeps_network_order);
-  m.def("set_device", [](int device) { cuda::exchange_device(device); });
 }
 
 }  // namespace moebius::nvshmem

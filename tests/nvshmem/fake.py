@@ -78,8 +78,5 @@ class FakeNvshmem:
     def keeps_network_order(self) -> bool:
         return self.keeps_order
 
-    def set_device(self, device: int) -> None:
-        assert device == 0
-
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the extension has no {name}")

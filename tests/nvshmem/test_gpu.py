@@ -5,6 +5,7 @@ With fewer GPUs than ranks NVSHMEM runs in its "limited" way: memory and puts wo
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -96,15 +97,29 @@ def test_a_rank_that_never_comes_is_named_over_the_network() -> None:
 
 
 PROGRAM = """
-import torch, torch.distributed as dist, moebius
-dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+import os, sys, torch.distributed as dist, moebius
+store, rank, num_ranks, dies = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "dies"
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=num_ranks)
 config = moebius.Config(num_experts=4, num_topk=2, hidden=64, max_num_tokens=4)
 moebius.AllToAll(dist.group.WORLD, config, "cuda", transport="nvshmem").close()
-print("closed")
+if dies and rank == 1:
+    os._exit(3)
+print("closed", flush=True)
 """
 
 
-def test_the_process_ends_in_order(tmp_path: Any) -> None:
-    program = PROGRAM.format(store=tmp_path / "store")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "closed"), done.stderr
+@pytest.mark.parametrize(("num_ranks", "fate"), [(1, "ends"), (2, "ends"), (2, "dies")])
+def test_the_process_ends_also_when_another_has_died(tmp_path: Any, num_ranks: int, fate: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "store")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    others = [
+        subprocess.Popen([*command, str(rank), str(num_ranks), fate], env=environment) for rank in range(1, num_ranks)
+    ]
+    try:
+        last = [*command, "0", str(num_ranks), fate]
+        done = subprocess.run(last, capture_output=True, text=True, timeout=100, check=False, env=environment)
+        assert (done.returncode, done.stdout.strip()) == (0, "closed"), done.stderr
+        assert [other.wait(30.0) for other in others] == [3 if fate == "dies" else 0] * len(others)
+    finally:
+        for other in others:
+            other.kill()

@@ -38,7 +38,7 @@ class Group:
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made = Group()
     monkeypatch.setattr(world, "_world", None)
-    monkeypatch.setattr(world, "_finalize_at_exit", lambda machine: None)
+    monkeypatch.setattr(world, "_finalize_at_exit", lambda *_: None)
     monkeypatch.setattr(heap, "gather", made.gather)
     monkeypatch.setattr(heap, "rank_and_size", lambda group: (0, 2))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: group.members)
