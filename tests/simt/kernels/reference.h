@@ -17,6 +17,10 @@ class Reference {
   void give_up(int rank);  // by all others; it takes no part any more
   // A whole round: `inputs` of each rank, results into `buffers` of each rank.
   void run(const std::vector<RoundInput>& inputs, const std::vector<std::byte*>& buffers);
+  // Sent to other ranks in all rounds.
+  int64_t remote_bytes(int rank) const {
+    return engines_[static_cast<size_t>(rank)]->remote_bytes();
+  }
 
  private:
   void send(int rank, const RoundInput& in, std::byte* buffers);
