@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
+REPLIES = "cuda/replies.cuh"
 SEND = "cuda/combine_send.cu"
 RECV = "cuda/combine_recv.cu"
 
 MUTANTS = [
     Mutant(
         "cs-relaxed-signal", SEND,
-        "    store_release_sys(signal_at(self, dst, begun.slot, self.rank, SignalKind::kCombine),",
-        "    store_relaxed_sys(signal_at(self, dst, begun.slot, self.rank, SignalKind::kCombine),",
+        "    store_release_sys(\n        signal_at(self, load(shared.order + i)",
+        "    store_relaxed_sys(\n        signal_at(self, load(shared.order + i)",
         "the signal does not carry the rows", "plain",
     ),
     Mutant(
         "cs-no-bulk-wait", SEND,
-        "  mover.run();\n  bulk_wait_all();", "  mover.run();",
+        "  *sequence = mover.served;\n  bulk_wait_all();", "  *sequence = mover.served;",
         "the signal overtakes the rows", "token-major",
     ),
     Mutant(
@@ -41,19 +42,18 @@ MUTANTS = [
     ),
     Mutant(
         "cs-no-barrier-before-sending", SEND,
-        "  sync_block();\n  const bool may_send", "  const bool may_send",
+        "  sync_block();\n  const int choices =", "  const int choices =",
         "cells are looked up in lists that are not there yet", "plain",
     ),
     Mutant(
         "cs-silent-where-nothing-is-owed", SEND,
-        "    store_release_sys(signal_at(self, dst, begun.slot, self.rank, SignalKind::kCombine),",
-        "    if (n == 0) continue;\n"
-        "    store_release_sys(signal_at(self, dst, begun.slot, self.rank, SignalKind::kCombine),",
+        "    store_release_sys(\n        signal_at(self, load(shared.order + i)",
+        "    if (n == 0) continue;\n    store_release_sys(\n        signal_at(self, load(shared.order + i)",
         "a round is never closed", "plain",
     ),
     Mutant(
-        "cs-wrong-slot", SEND,
-        "layout.reply(slot, reply.row)", "layout.reply(slot ^ 1, reply.row)",
+        "cs-wrong-slot", REPLIES,
+        "layout.reply(slot, reply.row + choice)", "layout.reply(slot ^ 1, reply.row + choice)",
         "rows come to the inbox of another round", "plain",
     ),
     Mutant(

@@ -133,13 +133,13 @@ MUTANTS = [
     ),
     Mutant(
         "ds-no-barrier-before-sending", SEND,
-        "    if (thread_index() == 0) store(num_sent + s.num_ranks, num_valid);\n  }\n  sync_block();",
-        "    if (thread_index() == 0) store(num_sent + s.num_ranks, num_valid);\n  }",
+        "thread_index() == 0) network_quiet();\n  sync_block();\n  int stage_index",
+        "thread_index() == 0) network_quiet();\n  int stage_index",
         "tokens are sent before the bases are known", "plain",
     ),
     Mutant(
         "ds-last-bad-choice", SEND,
-        "kMostChoices - static_cast<uint64_t>(at);", "static_cast<uint64_t>(at);",
+        "kMostChoices - static_cast<uint64_t>(min_of(at, kMostChoices));", "static_cast<uint64_t>(at);",
         "a place that nobody planted is recorded", "bad-ids",
     ),
     Mutant(

@@ -28,8 +28,8 @@ MUTANTS = [
     ),
     Mutant(
         "mover-wrong-window", MOVER,
-        "      next += kWarpsPerBlock * num_blocks();\n      warp_bulk_load",
-        "      next += (kWarpsPerBlock + 1) * num_blocks();\n      warp_bulk_load",
+        "      next += share.step;\n      warp_bulk_load",
+        "      next += share.step + num_blocks();\n      warp_bulk_load",
         "windows are left out", "windows", ("dispatch_recv",),
     ),
     Mutant(
@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "abort-not-sent", RANK,
-        "    if (!is_combined) {", "    if (!is_combined && epoch == ~uint64_t{0}) {",
+        "    if (!is_combined) send", "    if (!is_combined && epoch == ~uint64_t{0}) send",
         "peers wait for a round that is lost", "stopped",
     ),
     Mutant(
