@@ -14,6 +14,24 @@ class Memory:
     @property
     def num_bytes(self) -> int: ...
 
+class RecvBuffers:
+    def __init__(
+        self,
+        x: int,
+        scales: int,
+        expert_stride: int,
+        row_stride: int,
+        group_stride: int,
+        scale_element: int,
+        src_info: int,
+        layout_range: int,
+        topk_ids: int,
+        topk_weights: int,
+        expert_num_tokens: int,
+        src_num_tokens: int,
+        /,
+    ) -> None: ...
+
 class Engine:
     def __init__(
         self,
@@ -40,7 +58,6 @@ class Engine:
     def dispatch_send(
         self,
         stream: int,
-        capture: int,
         handle: int,
         x: int,
         x_stride: int,
@@ -60,18 +77,7 @@ class Engine:
         stream: int,
         capture: int,
         handle: int,
-        x: int,
-        scales: int,
-        expert_stride: int,
-        row_stride: int,
-        group_stride: int,
-        scale_element: int,
-        src_info: int,
-        layout_range: int,
-        topk_ids: int,
-        topk_weights: int,
-        expert_num_tokens: int,
-        src_num_tokens: int,
+        buffers: RecvBuffers,
         expert_stats: int,
         has_int64_stats: bool,
         wait_stats: int,

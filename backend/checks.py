@@ -20,11 +20,15 @@ FLOAT = (torch.float32,)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def has_memory(tensor: Tensor) -> bool:
-    """Whether the elements lie in memory as they are: not those of a tracer, a freed storage, a lazy negation."""
+def address_of(tensor: Tensor) -> int | None:
+    """Where the elements lie, 0 if there are none.
+
+    None if they do not lie in memory as they are: those of a tracer, a freed storage, a lazy negation.
+    """
     if tensor.is_neg() or (type(tensor) not in _PLAIN and isinstance(tensor, FakeTensor)):
-        return False
-    return tensor.data_ptr() != 0 or tensor.numel() == 0
+        return None
+    address = tensor.data_ptr()
+    return address if address or tensor.numel() == 0 else None
 
 
 def describe(tensor: Any) -> str:
@@ -47,11 +51,6 @@ def place_name(index: int) -> str:
     return "cpu" if index == CPU else f"cuda:{index}"
 
 
-def is_at(tensor: Tensor, index: int) -> bool:
-    """Whether the tensor lies on the CPU (index -1), or on the CUDA device of that index."""
-    return tensor.is_cpu if index == CPU else tensor.get_device() == index
-
-
 def misaligned(name: str, alignment: int, tensor: Any) -> ShapeError:
     """The error of a tensor whose rows do not begin where a device can copy them from."""
     return fail(name, f"at an address, and with rows, that are multiples of {alignment} bytes", tensor)
@@ -65,8 +64,8 @@ def check_tensor(
     *,
     rows: bool = False,
     index: int = CPU,
-) -> tuple[int, ...]:
-    """Check a dense tensor of one of `dtypes`. On every call's path: each property is read once.
+) -> tuple[int, tuple[int, ...]]:
+    """Check a dense tensor of one of `dtypes`. On every call's path: each property is read once, in few calls.
 
     Args:
         name: of the argument.
@@ -77,17 +76,21 @@ def check_tensor(
         index: of the CUDA device that it has to be on, -1 for the CPU.
 
     Returns:
-        The tensor's strides, in elements.
+        The tensor's address, and its strides in elements.
 
     Raises:
         ShapeError: it is anything else.
     """
     # What is no tensor, or none with strides, lacks one of these. `contextlib.suppress` costs more than the checks.
     try:
-        if is_at(tensor, index) and tensor.dtype in dtypes and tensor.shape == shape:
+        # get_device() tells the CPU from a GPU, not from what is neither.
+        is_there = tensor.is_cpu if index == CPU else tensor.get_device() == index
+        if is_there and tensor.dtype in dtypes and tensor.shape == shape:
             strides: tuple[int, ...] = tensor.stride()
-            if ((rows and strides[-1] == 1) or tensor.is_contiguous()) and has_memory(tensor):
-                return strides
+            if (rows and strides[-1] == 1) or tensor.is_contiguous():
+                address = address_of(tensor)
+                if address is not None:
+                    return address, strides
     except (AttributeError, RuntimeError, TypeError):
         pass
     sizes = ", ".join(str(size) for size in shape)
@@ -98,15 +101,18 @@ def check_tensor(
 
 def check_matrix(
     name: str, tensor: Any, shape: tuple[int, int], dtypes: Sequence[torch.dtype], index: int = CPU
-) -> Tensor:
+) -> tuple[int, Tensor]:
     """Check a matrix that is small enough to be copied when its rows are not adjacent.
 
     Returns:
-        It, contiguous.
+        Its address, and it, contiguous.
 
     Raises:
         ShapeError: shape, dtype or device is another.
     """
-    strides = check_tensor(name, tensor, shape, dtypes, rows=True, index=index)
+    address, strides = check_tensor(name, tensor, shape, dtypes, rows=True, index=index)
     checked: Tensor = tensor
-    return checked if strides[0] == shape[1] else checked.contiguous()
+    if strides[0] != shape[1]:
+        checked = tensor.contiguous()
+        address = checked.data_ptr()
+    return address, checked

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .config import Config
 
 
+# Tensors to receive x and scales into, as the caller gave them.
+Given = tuple["Tensor | None", "Tensor | None"]
+
+
 class Engine(abc.ABC):
     """One rank's memory and halves. The caller has checked the tensors and the stage of the round.
 
@@ -55,10 +59,8 @@ class Engine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def receive_dispatch(
-        self, begun: Round, given: tuple[Tensor | None, Tensor | None], stats: tuple[int, bool, int]
-    ) -> slots.SlotBuffers:
-        """Receive into `given` (x, scales), or into buffers of the engine's where they are None."""
+    def receive_dispatch(self, begun: Round, given: Given | None, stats: tuple[int, bool, int]) -> slots.SlotBuffers:
+        """Receive into `given`, or into buffers of the engine's for what is None."""
 
     @abc.abstractmethod
     def send_combine(self, begun: Round, sent: tuple[int, int, int]) -> None:
@@ -143,18 +145,16 @@ class CpuEngine(Engine):
         """See `Engine`."""
         epoch = self._native.num_rounds
         self._rounds.check_free(epoch)
-        if self._native.dispatch_send(*sent):
+        if self._native.dispatch_send(*sent[:-2]):  # the rest is for engines that read late
             return self._rounds.begin(epoch, num_tokens)
         error = self._failure("dispatch", "send")
         if isinstance(error, RoutingError):
             raise error
         raise self._rounds.begin(epoch, num_tokens).lose(error)
 
-    def receive_dispatch(
-        self, begun: Round, given: tuple[Tensor | None, Tensor | None], stats: tuple[int, bool, int]
-    ) -> slots.SlotBuffers:
+    def receive_dispatch(self, begun: Round, given: Given | None, stats: tuple[int, bool, int]) -> slots.SlotBuffers:
         """See `Engine`."""
-        buffers = self._buffers(begun.epoch % self._config.depth, *given)
+        buffers = self._buffers(begun.epoch % self._config.depth, given)
         if not self._native.dispatch_recv(begun.epoch, *buffers.arguments, *stats):
             self._lose(begun, "dispatch", "recv")
         return buffers
@@ -196,10 +196,10 @@ class CpuEngine(Engine):
         if self._close_network is not None:
             self._close_network()
 
-    def _buffers(self, slot: int, x: Tensor | None, scales: Tensor | None) -> slots.SlotBuffers:
+    def _buffers(self, slot: int, given: Given | None) -> slots.SlotBuffers:
         config, num_ranks = self._config, self._heap.num_ranks
-        if x is not None or scales is not None:
-            return slots.expert_major(config, self._wire, num_ranks, self.device, x, scales).for_cpu()
+        if given is not None:
+            return slots.expert_major(config, self._wire, num_ranks, self.device, *given).for_cpu()
         made = self._slots[slot]
         if made is None:
             if config.layout == "token_major":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,12 +121,13 @@ class Dispatched:
 class Pending(Generic[Result]):
     """An operation whose send half has run."""
 
-    __slots__ = ("_receive", "_result", "_round")
+    __slots__ = ("_receive", "_rest", "_result", "_round")
 
-    def __init__(self, begun: Round, receive: Callable[[], Result]) -> None:
-        """Hold the receive half."""
+    def __init__(self, begun: Round, receive: Callable[..., Result], rest: tuple[Any, ...]) -> None:
+        """Hold the receive half, and what it takes after the round."""
         self._round = begun
-        self._receive: Callable[[], Result] | None = receive
+        self._receive: Callable[..., Result] | None = receive
+        self._rest = rest
         self._result: Result | None = None
 
     @property
@@ -142,8 +143,8 @@ class Pending(Generic[Result]):
             StateError: the object was closed.
         """
         if self._result is None and self._receive is not None:
-            self._result = self._receive()
-            self._receive = None
+            self._result = self._receive(self._round, *self._rest)
+            self._receive, self._rest = None, ()
         assert self._result is not None
         return self._result
 

@@ -18,6 +18,9 @@ class Stage(enum.IntEnum):
     OVERWRITTEN = 5  # its slot serves a later round
 
 
+# For every call's path: before Python 3.12, to read a member from its class is to call a function.
+SENT, RECEIVED, REPLIED, COMBINED, LOST, OVERWRITTEN = Stage
+
 NEXT_CALL = {
     Stage.SENT: "receive() of its dispatch",
     Stage.RECEIVED: "combine() of its result",
@@ -44,16 +47,16 @@ class Round:
 
     __slots__ = ("capture", "epoch", "error", "handle", "is_in_place", "kept", "num_tokens", "stage")
 
-    def __init__(self, epoch: int, num_tokens: int, *, is_in_place: bool) -> None:
+    def __init__(self, epoch: int, num_tokens: int, is_in_place: bool, handle: int, capture: int, kept: object) -> None:
         """Begin it."""
         self.epoch = epoch
-        self.is_in_place = is_in_place
         self.num_tokens = num_tokens
-        self.stage = Stage.SENT
+        self.stage = SENT
+        self.is_in_place = is_in_place
         self.error: MoebiusError | None = None
-        self.handle = 0
-        self.capture = 0
-        self.kept: object = None
+        self.handle = handle
+        self.capture = capture
+        self.kept = kept
 
     def lose(self, error: MoebiusError) -> MoebiusError:
         """Mark it lost, for the error that is returned."""
@@ -61,22 +64,19 @@ class Round:
         self.error = error
         return error
 
-    def expect(self, stage: Stage, call: str) -> None:
-        """Check that the round is at `stage`, as `call` needs it.
+    def refusal(self, stage: Stage, call: str) -> MoebiusError:
+        """Why `call`, which needs the round to be at `stage`, cannot run.
 
-        Raises:
-            StateError: it is not; says what has to come first, or that it is too late.
-            MoebiusError: the round was lost; the error that it was lost with.
+        Returns:
+            A `StateError` that says what has to come first, or that it is too late; or what the round was lost with.
         """
-        if self.stage is stage:
-            return
         if self.stage is Stage.LOST and self.error is not None:
-            raise self.error
+            return self.error
         if self.stage is Stage.OVERWRITTEN:
-            raise StateError(STALE.format(call, self.epoch))
+            return StateError(STALE.format(call, self.epoch))
         if self.stage < stage:
-            raise StateError(f"{call}: round {self.epoch} expects {NEXT_CALL[self.stage]} first")
-        raise StateError(f"{call}: round {self.epoch} has already been through it")
+            return StateError(f"{call}: round {self.epoch} expects {NEXT_CALL[self.stage]} first")
+        return StateError(f"{call}: round {self.epoch} has already been through it")
 
     def check_live(self) -> None:
         """Check that this rank's own tensors still hold the round's result.
@@ -84,7 +84,7 @@ class Round:
         Raises:
             StateError: a later dispatch reuses their memory.
         """
-        if self.stage is Stage.OVERWRITTEN:
+        if self.stage is OVERWRITTEN:
             raise StateError(STALE.format("result", self.epoch))
 
     def check_arrived(self) -> None:
@@ -95,7 +95,7 @@ class Round:
                 is shown in place.
         """
         self.check_live()
-        if self.is_in_place and self.stage > Stage.RECEIVED:
+        if self.is_in_place and self.stage > RECEIVED:
             raise StateError(
                 f"result: combine gave the memory of the tokens of round {self.epoch} back to their senders, for they "
                 "are shown in place (token_major)"
@@ -117,19 +117,19 @@ class RoundTable:
             StateError: the round before it in the slot still expects a receive.
         """
         last = self._slots[epoch % len(self._slots)]
-        if last is not None and last.stage in (Stage.SENT, Stage.REPLIED):
+        if last is not None and (last.stage is SENT or last.stage is REPLIED):
             raise StateError(
                 f"dispatch: round {last.epoch} still expects {NEXT_CALL[last.stage]}; "
                 f"at most depth = {len(self._slots)} rounds may be open"
             )
 
-    def begin(self, epoch: int, num_tokens: int) -> Round:
-        """Give the slot of round `epoch` to it; what it held becomes stale."""
+    def begin(self, epoch: int, num_tokens: int, handle: int = 0, capture: int = 0, kept: object = None) -> Round:
+        """Give the slot of round `epoch` to it; what it held becomes stale. The others as in `Round`."""
         slot = epoch % len(self._slots)
         last = self._slots[slot]
-        if last is not None and last.stage is not Stage.LOST:
-            last.stage = Stage.OVERWRITTEN
-        begun = self._slots[slot] = Round(epoch, num_tokens, is_in_place=self._is_in_place)
+        if last is not None and last.stage is not LOST:
+            last.stage = OVERWRITTEN
+        begun = self._slots[slot] = Round(epoch, num_tokens, self._is_in_place, handle, capture, kept)
         return begun
 
     def live(self) -> list[Round]:

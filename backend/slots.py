@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +22,9 @@ class SlotBuffers(ResultTensors):
     """Results of one round; shapes and meaning as in `Dispatched`."""
 
     # What dispatch receive of the engine takes after the round, up to the statistics: the addresses stay, and are
-    # read once.
+    # read once. The CUDA engine takes them as one object.
     arguments: tuple[int, ...] = ()
+    native: Any = None
 
     def for_cpu(self) -> SlotBuffers:
         """Itself, with the arguments of the CPU engine."""
@@ -47,15 +48,15 @@ class SlotBuffers(ResultTensors):
         )
         return self
 
-    def for_device(self) -> SlotBuffers:
-        """Itself, with the arguments of the CUDA engine: scales go word by word, also bytes that are opaque."""
+    def for_device(self, extension: Any) -> SlotBuffers:
+        """Itself, with the argument of the CUDA engine: scales go word by word, also bytes that are opaque."""
         strides = [0, 0, 0, 0]
         if self.scales is not None:
             size = self.scales.element_size()
             of_rows = [stride * size for stride in self.scales.stride()[:-1]]
             of_words = self.scales.stride(-1) * size if size == SCALE_WORD else SCALE_WORD
             strides = [*([0] * (2 - len(of_rows))), *of_rows, of_words, SCALE_WORD]
-        self.arguments = (
+        self.native = extension.RecvBuffers(
             self.x.data_ptr(),
             _address(self.scales),
             *strides,

@@ -11,7 +11,7 @@ import torch
 
 from moebius import native, slots
 from moebius.arguments import Place
-from moebius.engines import Engine
+from moebius.engines import Engine, Given
 from moebius.errors import ConfigError, CudaError, StateError
 from moebius.faults import FAULT_ROUTING, HALVES, error_of
 from moebius.group import VirtualRank
@@ -171,37 +171,36 @@ class CudaEngine(Engine):
         else:
             own = torch.empty(1, dtype=torch.int64, device=self.device)
             handle = own.data_ptr()
-        outcome = self._native.dispatch_send(stream, capture, handle, *sent)
+        outcome = self._native.dispatch_send(stream, handle, *sent)
         if outcome:
             self._refuse(outcome, "dispatch")
         sequence.next = epoch + 1
-        begun = sequence.table.begin(epoch, num_tokens)
-        begun.capture = capture
-        begun.handle = handle
-        begun.kept = own
-        return begun
+        return sequence.table.begin(epoch, num_tokens, handle, capture, own)
 
-    def receive_dispatch(
-        self, begun: Round, given: tuple[Tensor | None, Tensor | None], stats: tuple[int, bool, int]
-    ) -> slots.SlotBuffers:
+    def receive_dispatch(self, begun: Round, given: Given | None, stats: tuple[int, bool, int]) -> slots.SlotBuffers:
         """See `Engine`."""
-        buffers = self._buffers(begun, *given)
-        arguments = buffers.arguments
-        outcome = self._native.dispatch_recv(self._stream(), begun.capture, begun.handle, *arguments, *stats)
+        buffers = self._buffers(begun, given)
+        outcome = self._native.dispatch_recv(
+            self._stream(), begun.capture, begun.handle, buffers.native, stats[0], stats[1], stats[2]
+        )
         if outcome:
             self._refuse(outcome, "dispatch receive", begun)
         return buffers
 
     def send_combine(self, begun: Round, sent: tuple[int, int, int]) -> None:
         """See `Engine`."""
-        outcome = self._native.combine_send(self._stream(), begun.capture, begun.handle, *sent)
+        address, expert_stride, row_stride = sent
+        outcome = self._native.combine_send(
+            self._stream(), begun.capture, begun.handle, address, expert_stride, row_stride
+        )
         if outcome:
             self._refuse(outcome, "combine", begun)
 
     def receive_combine(self, begun: Round, out: int, out_stride: int, weights: int, wait_stats: int) -> None:
         """See `Engine`."""
-        arguments = (begun.handle, out, out_stride, begun.num_tokens, weights, wait_stats)
-        outcome = self._native.combine_recv(self._stream(), begun.capture, *arguments)
+        outcome = self._native.combine_recv(
+            self._stream(), begun.capture, begun.handle, out, out_stride, begun.num_tokens, weights, wait_stats
+        )
         if outcome:
             self._refuse(outcome, "combine receive", begun)
 
@@ -259,30 +258,30 @@ class CudaEngine(Engine):
             self._captured = _Sequence(capture, self._config.depth)
         return self._captured
 
-    def _buffers(self, begun: Round, x: Tensor | None, scales: Tensor | None) -> slots.SlotBuffers:
-        slot = begun.epoch % self._config.depth
-        if x is not None or scales is not None:
-            found = self._given[slot] if begun.capture == 0 else None
-            if found is None or (x is None) or (scales is None and self._wire.scale_dtype is not None):
-                made = self._make_buffers(x, scales)
-            else:
-                made = dataclasses.replace(found, x=x, scales=scales).for_device()
-            if begun.capture == 0:
-                self._given[slot] = made
-            return made
+    def _buffers(self, begun: Round, given: Given | None) -> slots.SlotBuffers:
         if begun.capture != 0:
-            return self._make_buffers()
-        kept = self._slots[slot]
-        if kept is None:
-            kept = self._slots[slot] = self._make_buffers()
-        return kept
+            return self._make_buffers(*given or (None, None))
+        slot = begun.epoch % len(self._slots)
+        if given is None:
+            kept = self._slots[slot]
+            if kept is None:
+                kept = self._slots[slot] = self._make_buffers()
+            return kept
+        x, scales = given
+        found = self._given[slot]
+        if found is None or (x is None) or (scales is None and self._wire.scale_dtype is not None):
+            made = self._make_buffers(x, scales)
+        else:
+            made = dataclasses.replace(found, x=x, scales=scales).for_device(self._machine.native)
+        self._given[slot] = made
+        return made
 
     def _make_buffers(self, x: Tensor | None = None, scales: Tensor | None = None) -> slots.SlotBuffers:
         if self._config.layout == "token_major":
             made = slots.token_major_copies(self._config, self._wire, self._num_ranks, self.device)
         else:
             made = slots.expert_major(self._config, self._wire, self._num_ranks, self.device, x, scales)
-        return made.for_device()
+        return made.for_device(self._machine.native)
 
     def _refuse(self, outcome: int, call: str, begun: Round | None = None) -> NoReturn:
         """Raise why the extension launched nothing."""

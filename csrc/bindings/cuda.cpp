@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda/engine.h"
@@ -42,15 +43,11 @@ struct UnlockedDelete {
 };
 
 // Without the GIL: a launch waits while the stream's queue is full, perhaps for a rank that another
-// thread of Python has yet to launch.
-template <class Params>
-int run(Engine& self,
-        Outcome (Engine::*half)(Stream, uint64_t, Params&),
-        uintptr_t stream,
-        uint64_t capture,
-        Params& params) {
+// thread of Python has yet to launch. `arguments`: what the half takes.
+template <class Half, class... Arguments>
+int run(Engine& self, Half half, Arguments&&... arguments) {
   const py::gil_scoped_release release;
-  return static_cast<int>((self.*half)(stream_at(stream), capture, params));
+  return static_cast<int>((self.*half)(std::forward<Arguments>(arguments)...));
 }
 
 std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
@@ -96,7 +93,6 @@ std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
 
 int dispatch_send(Engine& self,
                   uintptr_t stream,
-                  uint64_t capture,
                   uintptr_t handle,
                   uintptr_t x,
                   int64_t x_stride,
@@ -124,44 +120,56 @@ int dispatch_send(Engine& self,
                             num_tokens,
                             at<const void>(num_valid_tokens),
                             has_int64_valid};
-  return run(self, &Engine::dispatch_send, stream, capture, params);
+  return run(self, &Engine::dispatch_send, stream_at(stream), params);
 }
+
+// Where dispatch receive writes to: the same from round to round, so told once.
+struct RecvBuffers {
+  RecvBuffers(uintptr_t x,
+              uintptr_t scales,
+              int64_t expert_stride,
+              int64_t row_stride,
+              int64_t group_stride,
+              int64_t scale_element,
+              uintptr_t src_info,
+              uintptr_t layout_range,
+              uintptr_t topk_ids,
+              uintptr_t topk_weights,
+              uintptr_t expert_num_tokens,
+              uintptr_t src_num_tokens)
+      : params{{},
+               nullptr,
+               at<std::byte>(x),
+               at<std::byte>(scales),
+               {expert_stride, row_stride, group_stride},
+               scale_element,
+               at<int32_t>(src_info),
+               at<int64_t>(layout_range),
+               at<int32_t>(topk_ids),
+               at<float>(topk_weights),
+               at<int32_t>(expert_num_tokens),
+               at<int32_t>(src_num_tokens),
+               nullptr,
+               false,
+               nullptr} {}
+
+  const DispatchRecvParams params;  // without the round and the statistics
+};
 
 int dispatch_recv(Engine& self,
                   uintptr_t stream,
                   uint64_t capture,
                   uintptr_t handle,
-                  uintptr_t x,
-                  uintptr_t scales,
-                  int64_t expert_stride,
-                  int64_t row_stride,
-                  int64_t group_stride,
-                  int64_t scale_element,
-                  uintptr_t src_info,
-                  uintptr_t layout_range,
-                  uintptr_t topk_ids,
-                  uintptr_t topk_weights,
-                  uintptr_t expert_num_tokens,
-                  uintptr_t src_num_tokens,
+                  const RecvBuffers& buffers,
                   uintptr_t expert_stats,
                   bool has_int64_stats,
                   uintptr_t wait_stats) {
-  DispatchRecvParams params{{},
-                            at<const uint64_t>(handle),
-                            at<std::byte>(x),
-                            at<std::byte>(scales),
-                            {expert_stride, row_stride, group_stride},
-                            scale_element,
-                            at<int32_t>(src_info),
-                            at<int64_t>(layout_range),
-                            at<int32_t>(topk_ids),
-                            at<float>(topk_weights),
-                            at<int32_t>(expert_num_tokens),
-                            at<int32_t>(src_num_tokens),
-                            at<void>(expert_stats),
-                            has_int64_stats,
-                            at<int64_t>(wait_stats)};
-  return run(self, &Engine::dispatch_recv, stream, capture, params);
+  DispatchRecvParams params = buffers.params;
+  params.handle = at<const uint64_t>(handle);
+  params.expert_stats = at<void>(expert_stats);
+  params.has_int64_stats = has_int64_stats;
+  params.wait_stats = at<int64_t>(wait_stats);
+  return run(self, &Engine::dispatch_recv, stream_at(stream), capture, params);
 }
 
 int combine_send(Engine& self,
@@ -173,7 +181,7 @@ int combine_send(Engine& self,
                  int64_t row_stride) {
   CombineSendParams params{
       {}, at<const uint64_t>(handle), at(expert_out), expert_stride, row_stride};
-  return run(self, &Engine::combine_send, stream, capture, params);
+  return run(self, &Engine::combine_send, stream_at(stream), capture, params);
 }
 
 int combine_recv(Engine& self,
@@ -192,7 +200,7 @@ int combine_recv(Engine& self,
                            num_tokens,
                            at<const float>(topk_weights),
                            at<int64_t>(wait_stats)};
-  return run(self, &Engine::combine_recv, stream, capture, params);
+  return run(self, &Engine::combine_recv, stream_at(stream), capture, params);
 }
 
 py::object take_fault(Engine& self) {
@@ -216,10 +224,19 @@ py::object take_fault(Engine& self) {
 
 // Local types: _cuda and _simt are made of the same classes, and a process may load both.
 void bind_engine(py::module_& m) {
-  // What waits for the device lets other threads of Python on: their ranks may be what it waits
-  // for.
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  // Local, as one process may load several of these modules.
+  py::class_<RecvBuffers>(m, "RecvBuffers", py::module_local())
+      .def(py::init<uintptr_t,
+                    uintptr_t,
+                    int64_t,
+                    int64_t,
+                    int64_t,
+                    int64_t,
+                    uintptr_t,
+                    uintptr_t,
+                    uintptr_t,
+                    uintptr_t,
+                    uintptr_t,
+                    uintptr_t>());
   py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>(m, "Engine", py::module_local())
       .def(py::init(&make_engine),
            Unlocked(),

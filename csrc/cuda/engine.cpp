@@ -117,18 +117,18 @@ void Engine::load_kernels() const {
 template <class Params>
 Outcome Engine::run(void (*launcher)(const Params&, int, Stream),
                     Stream stream,
-                    uint64_t capture,
+                    std::optional<uint64_t> capture,
                     Params& params) {
   if (has_fault()) return Outcome::kFault;
   const DeviceScope scope(device_);
-  if (capture_id(stream) != capture) return Outcome::kOtherCapture;
+  if (capture && capture_id(stream) != *capture) return Outcome::kOtherCapture;
   params.self = self_;
   launcher(params, num_sms_, stream);
   return Outcome::kLaunched;
 }
 
-Outcome Engine::dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params) {
-  return run(launch_dispatch_send, stream, capture, params);
+Outcome Engine::dispatch_send(Stream stream, DispatchSendParams& params) {
+  return run(launch_dispatch_send, stream, std::nullopt, params);
 }
 
 Outcome Engine::dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params) {

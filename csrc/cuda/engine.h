@@ -79,8 +79,9 @@ class Engine {
   Engine(const EngineConfig& config, int rank, const std::vector<std::byte*>& heaps);
 
   // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
-  // that the round belongs to, 0 for none.
-  Outcome dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params);
+  // that the round belongs to, 0 for none; it is the one that `stream` was part of when the round
+  // was sent.
+  Outcome dispatch_send(Stream stream, DispatchSendParams& params);
   Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
   Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
   Outcome combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params);
@@ -103,7 +104,7 @@ class Engine {
   template <class Params>
   Outcome run(void (*launcher)(const Params&, int, Stream),
               Stream stream,
-              uint64_t capture,
+              std::optional<uint64_t> capture,
               Params& params);
   void load_kernels() const;
 

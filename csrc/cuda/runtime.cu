@@ -51,9 +51,9 @@ int current_device() {
   return device;
 }
 
-int attribute(cudaDeviceAttr which) {
+int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
 }
 
@@ -61,9 +61,9 @@ int attribute(cudaDeviceAttr which) {
 std::mutex prepared_mutex;
 std::set<std::pair<const void*, int>> prepared;
 
-// Loads the kernel and allows it all the shared memory that a block can have, once.
-void prepare(const void* kernel) {
-  const int device = current_device();
+// Loads the kernel on the device, which is the current one, and allows it all the shared memory
+// that a block can have, once.
+void prepare(const void* kernel, int device) {
   const std::lock_guard<std::mutex> lock(prepared_mutex);
   if (prepared.count({kernel, device}) != 0) return;
   cudaFuncAttributes attributes{};  // to ask for them loads it
@@ -80,12 +80,11 @@ thread_local int num_load_only = 0;
 constexpr size_t kPlainSharedBytes = 48 << 10;  // what every kernel may have unasked (CUDA guide)
 constexpr int kMaxDevices = 64;                 // arbitrary, far above what a host holds
 
-// Whether launches on the current device may overlap: asked once per device.
-bool can_overlap() {
+// Whether launches on the device may overlap: asked once per device.
+bool can_overlap(int device) {
   static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked, 1: no, 2: yes
-  const int device = current_device();
   std::atomic<int8_t>& answer = known[device % kMaxDevices];
-  if (answer == 0) answer = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 2 : 1;
+  if (answer == 0) answer = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 2 : 1;
   return answer == 2;
 }
 
@@ -95,6 +94,7 @@ LoadOnly::LoadOnly() { ++num_load_only; }
 LoadOnly::~LoadOnly() { --num_load_only; }
 
 void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream) {
+  const int device = current_device();
   if (num_load_only > 0) {
     const size_t most = max_shared_bytes();
     if (shape.shared_bytes > most) {
@@ -104,9 +104,9 @@ void launch_kernel(const void* kernel, const LaunchShape& shape, void** argument
                             " bytes of shared memory for a block, and this GPU has " +
                             std::to_string(most) + ": lower max_num_tokens");
     }
-    return prepare(kernel);
+    return prepare(kernel, device);
   }
-  if (shape.shared_bytes > kPlainSharedBytes) prepare(kernel);
+  if (shape.shared_bytes > kPlainSharedBytes) prepare(kernel, device);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -116,7 +116,7 @@ void launch_kernel(const void* kernel, const LaunchShape& shape, void** argument
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
-  config.numAttrs = can_overlap() ? 1 : 0;
+  config.numAttrs = can_overlap(device) ? 1 : 0;
   check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
 }
 
@@ -156,10 +156,10 @@ void copy(void* to, const void* from, size_t num_bytes) {
   check(error, "cudaMemcpyAsync");
 }
 
-int num_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int num_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_device()); }
 
 size_t max_shared_bytes() {
-  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
 }
 
 int num_devices() {
