@@ -42,14 +42,61 @@ MOEBIUS_DEVICE bool await_rows(const CombineRecvParams& p, const Begun& begun, i
               0);
 }
 
+// The sums that a warp makes, one lane for each reply to a token.
+template <bool kHasWeights>
+struct Sums {
+  const CombineRecvParams& p;
+  int slot;
+  int num_valid;  // tokens that were sent
+  int num_items, slices, num_vectors, replies;
+  const int32_t* reply_rows;
+  int item;
+  int32_t row = -1;  // on its way while others are summed
+  float weight = 1.0f;
+
+  MOEBIUS_DEVICE Sums(const CombineRecvParams& params, int slot, int num_valid, int num_items)
+      : p(params), slot(slot), num_valid(num_valid), num_items(num_items) {
+    const HeapLayout& layout = p.self.layout;
+    slices = num_slices(layout.shape.reply_bytes);
+    num_vectors = static_cast<int>(layout.shape.reply_bytes / 16);
+    replies = static_cast<int>(layout.shape.replies_per_token());
+    reply_rows = in_workspace<int32_t>(p.self, slot, layout.reply_rows);
+    item = Share::of_grid().first;
+    find();
+  }
+
+  MOEBIUS_DEVICE void find() {
+    const int token = item / slices;
+    const bool is_there = item < num_items && token < num_valid && lane() < replies;
+    row = is_there ? load(reply_rows + token * replies + lane()) : -1;
+    if (kHasWeights && is_there) {
+      weight = load(p.topk_weights + token * p.self.layout.shape.num_topk + lane());
+    }
+  }
+
+  MOEBIUS_DEVICE bool next(Sum* sum) {
+    if (item >= num_items) return false;
+    const Part part = Part::at(item, slices);
+    sum->out = p.out + part.whole * p.out_stride;
+    sum->row = row >= 0 ? p.self.heap + p.self.layout.reply(slot, row) : nullptr;
+    sum->weight = weight;
+    sum->which = ballot(row >= 0);
+    sum->begin = part.part * kUnroll * kWarp;
+    sum->end = static_cast<int>(min_of(sum->begin + kUnroll * kWarp, num_vectors));
+    item += Share::of_grid().num_warps;
+    find();
+    return true;
+  }
+};
+
 template <Dtype kDtype, bool kHasWeights>
 MOEBIUS_KERNEL(kThreadsPerBlock)
 combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
   const Rank& self = p.self;
   const HeapLayout& layout = self.layout;
   const Shape& s = layout.shape;
-  auto* scratch = reinterpret_cast<uint32_t*>(shared_memory());
-  if (thread_index() == 0) store(scratch, 0u);
+  auto* ending = reinterpret_cast<Ending*>(shared_memory());
+  if (thread_index() == 0) store(&ending->has_failed, 0u);
   sync_block();
   wait_for_previous_kernel();
   const Begun begun = begin_half(self, p.handle, Half::kCombineRecv);
@@ -58,42 +105,22 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
   for (int src = thread_index(); !begun.is_lost && src < s.num_ranks; src += num_threads()) {
     const int owed = load(num_sent + src);
     if (owed == 0) continue;  // the closing wait will look for its signal
-    if (!await_rows(p, begun, src, owed)) store(scratch, 1u);
+    if (!await_rows(p, begun, src, owed)) store(&ending->has_failed, 1u);
   }
   sync_block();
-  const bool is_lost = begun.is_lost || load(scratch) != 0;
-  const int64_t num_valid = is_lost ? 0 : load(num_sent + s.num_ranks);
-  const int replies = static_cast<int>(s.replies_per_token());
-  const int32_t* reply_rows = in_workspace<int32_t>(self, begun.slot, layout.reply_rows);
-  const int slices = num_slices(s.reply_bytes);
-  const int num_vectors = static_cast<int>(s.reply_bytes / 16);
-  const int64_t num_items = p.num_tokens * slices;
-  const int64_t step = int64_t{kWarpsPerBlock} * num_blocks();
-  const auto find_row = [&](int64_t item) {
-    const int64_t token = item / slices;
-    const bool is_there = item < num_items && token < num_valid && lane() < replies;
-    return is_there ? load(reply_rows + token * replies + lane()) : -1;
-  };
-  int64_t item = int64_t{warp_index()} * num_blocks() + block_index();
-  int32_t ahead = find_row(item);
-  for (; item < num_items; item += step) {
-    const int64_t token = item / slices;
-    const int32_t row = ahead;
-    ahead = find_row(item + step);  // on its way while this one is summed
-    float weight = 1.0f;
-    if (kHasWeights && row >= 0) weight = load(p.topk_weights + token * s.num_topk + lane());
-    const int begin = static_cast<int>(item % slices) * kUnroll * kWarp;
-    const int end = static_cast<int>(min_of(begin + kUnroll * kWarp, num_vectors));
-    sum_rows<kDtype, kHasWeights>(p.out + token * p.out_stride,
-                                  row >= 0 ? self.heap + layout.reply(begun.slot, row) : nullptr,
-                                  weight,
-                                  ballot(row >= 0),
-                                  begin,
-                                  end);
-  }
-  let_next_kernel_start();
-  if (!is_last_block(self, Half::kCombineRecv, scratch + 1)) return;
-  clear_awaiting(self);
+  const int num_items = static_cast<int>(p.num_tokens) * num_slices(s.reply_bytes);
+  // From here on this kernel waits for no rank: the next one cannot keep out what it waits for. And
+  // nothing fails any more: the blocks meet while the rows are on their way.
+  const bool is_ready = is_short(num_items);
+  if (is_ready) let_next_kernel_start();
+  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);
+  const bool is_lost = begun.is_lost || load(&ending->has_failed) != 0;
+  Sums<kHasWeights> sums(p, begun.slot, is_lost ? 0 : load(num_sent + s.num_ranks), num_items);
+  sum_rows<kDtype, kHasWeights>(sums);
+  if (!is_ready) let_next_kernel_start();
+  sync_block();
+  if (load(&ending->met) == 0) return;
+  if (is_bookkeeper()) clear_awaiting(self);
   if (!begun.is_lost && has_failed(self, begun.epoch)) {
     lose(self, Half::kCombineRecv, begun.epoch);
   }

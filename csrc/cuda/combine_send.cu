@@ -20,51 +20,56 @@
 namespace moebius::cuda {
 namespace {
 
-// What a sum is made of, one lane for each choice.
-struct Sum {
-  std::byte* out;        // null: out of bounds, not sent
-  const std::byte* row;  // null: not here
-  float weight;
-};
+// expert_major, weights known: the sums that a warp sends, one lane for each choice. They are dealt
+// in turn, since they are of one row or of many.
+struct Sums {
+  const CombineSendParams& p;
+  int slot;
+  const Wave& wave;
+  const ReplyShared& shared;
+  int slices, num_vectors;
+  int item, end;
+  Sum ahead;  // its addresses are on their way while others are summed
 
-MOEBIUS_DEVICE Sum find_sum(
-    const CombineSendParams& p, int slot, int number, const Wave& wave, const ReplyShared& shared) {
-  const HeapLayout& layout = p.self.layout;
-  const int num_topk = layout.shape.num_topk;
-  const Reply reply = find_reply(p.self, slot, number, shared);
-  Sum sum{nullptr, expert_row(p, slot, reply, lane()), 0.0f};
-  const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.head_in_cell +
-                                                       sizeof(CellHead) + 4 * int64_t{num_topk});
-  if (lane() < num_topk) sum.weight = load(weights + lane());
-  if (reply.row >= 0) sum.out = place_of(p.self, slot, reply, 0, number, wave);
-  return sum;
-}
-
-// expert_major, weights known: sums of the experts' rows.
-template <Dtype kDtype>
-MOEBIUS_DEVICE void send_sums(const CombineSendParams& p,
-                              int slot,
-                              const Wave& wave,
-                              const ReplyShared& shared) {
-  const Shape& s = p.self.layout.shape;
-  const int slices = num_slices(s.reply_bytes);
-  const int num_vectors = static_cast<int>(s.reply_bytes / 16);
-  const int end_item = wave.end * slices;
-  int item = wave.begin * slices + wave.share.first;
-  Sum ahead{nullptr, nullptr, 0.0f};
-  if (item < end_item) ahead = find_sum(p, slot, item / slices, wave, shared);
-  for (; item < end_item; item += wave.share.step) {
-    const Sum sum = ahead;
-    // On its way while this one is summed.
-    const int next = item + wave.share.step;
-    if (next < end_item) ahead = find_sum(p, slot, next / slices, wave, shared);
-    if (sum.out == nullptr) continue;
-    const int begin = item % slices * kUnroll * kWarp;
-    const int end = static_cast<int>(min_of(begin + kUnroll * kWarp, num_vectors));
-    const uint32_t which = ballot(sum.row != nullptr);
-    sum_rows<kDtype, true>(sum.out, sum.row, sum.weight, which, begin, end);
+  MOEBIUS_DEVICE Sums(const CombineSendParams& params,
+                      int slot,
+                      const Wave& wave,
+                      const ReplyShared& shared)
+      : p(params), slot(slot), wave(wave), shared(shared) {
+    const int64_t reply_bytes = p.self.layout.shape.reply_bytes;
+    slices = num_slices(reply_bytes);
+    num_vectors = static_cast<int>(reply_bytes / 16);
+    item = wave.begin * slices + wave.share.first;
+    end = wave.end * slices;
+    find();
   }
-}
+
+  MOEBIUS_DEVICE void find() {
+    if (item >= end) return;
+    const HeapLayout& layout = p.self.layout;
+    const int num_topk = layout.shape.num_topk;
+    const Part part = Part::at(item, slices);
+    const Reply reply = find_reply(p.self, slot, part.whole, shared);
+    const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.head_in_cell +
+                                                         sizeof(CellHead) + 4 * int64_t{num_topk});
+    ahead.row = expert_row(p, slot, reply, lane());
+    ahead.weight = lane() < num_topk ? load(weights + lane()) : 0.0f;
+    ahead.out = reply.row < 0 ? nullptr : place_of(p.self, slot, reply, 0, part.whole, wave);
+    ahead.begin = part.part * kUnroll * kWarp;
+    ahead.end = static_cast<int>(min_of(ahead.begin + kUnroll * kWarp, num_vectors));
+  }
+
+  MOEBIUS_DEVICE bool next(Sum* sum) {
+    while (item < end) {
+      *sum = ahead;
+      sum->which = ballot(sum->row != nullptr);
+      item += wave.share.num_warps;
+      find();
+      if (sum->out != nullptr) return true;  // null: out of bounds, not sent
+    }
+    return false;
+  }
+};
 
 // Rows that only move: token_major, whose experts have summed, and rows of single experts.
 struct ToSources {
@@ -82,12 +87,13 @@ struct ToSources {
     if (p.self.is_token_major) return p.expert_out + r.number * p.row_stride;
     return expert_row(p, slot, r, unit % choices);
   }
-  MOEBIUS_DEVICE void begin(int row) {
+  MOEBIUS_DEVICE void begin(int row, bool) {
     const int unit = wave.begin + row;
     const Reply r = find_reply(p.self, slot, unit / choices, shared);
     place = place_of(p.self, slot, r, unit % choices, unit, wave);
   }
   MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? place : nullptr; }
+  MOEBIUS_DEVICE void finish(bool) const {}
 };
 
 MOEBIUS_DEVICE void send_rows(const CombineSendParams& p,
@@ -127,7 +133,7 @@ MOEBIUS_DEVICE void count_rows(const CombineSendParams& p,
   }
 }
 
-// Last block: the ranks that are reached directly are told.
+// Last block: the ranks that are reached directly are told, and the books kept.
 MOEBIUS_DEVICE void announce(const Rank& self, const Begun& begun, const ReplyShared& shared) {
   for (int i = thread_index(); i < shared.num_direct(); i += num_threads()) {
     const int n = shared.cells_before(i + 1) - shared.cells_before(i);
@@ -137,18 +143,24 @@ MOEBIUS_DEVICE void announce(const Rank& self, const Begun& begun, const ReplySh
         signal_at(self, load(shared.order + i), begun.slot, self.rank, SignalKind::kCombine),
         signal_word(begun.epoch, static_cast<uint64_t>(n)));
   }
-  if (thread_index() != 0) return;
+  if (!is_bookkeeper()) return;
   store(&control_of(self, self.rank)->combined[begun.slot], begun.epoch + 1);
+  if (!self.layout.shape.has_weights) return;  // then blocks have counted
+  const int32_t* received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);
+  const int num_rows = shared.cells_before(shared.num_sources()) - load(received + self.rank);
+  add_relaxed_gpu(&self.state->remote_bytes, num_rows * self.layout.shape.reply_bytes);
 }
 
-// Whether this rank has been given up by one that it would write to; then the round is lost.
+// Whether this rank has been given up by one that it would write to; then the round is lost. By all
+// warps but the first.
 MOEBIUS_DEVICE void look_for_refusals(const Rank& self,
                                       const Begun& begun,
                                       const ReplyShared& shared) {
-  for (int src = thread_index(); src < self.layout.shape.num_ranks; src += num_threads()) {
+  for (int src = thread_index() - kWarp; src < self.layout.shape.num_ranks;
+       src += num_threads() - kWarp) {
     if (src == self.rank || is_masked(self, src) || !is_refused_by(self, src)) continue;
     // Its memory may serve other rounds by now.
-    store(shared.scratch, 1u);
+    store(&shared.ending->has_failed, 1u);
     fail(self,
          begun.epoch,
          FaultKind::kTimeout,
@@ -169,18 +181,24 @@ combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
   const Shape& s = self.layout.shape;
   const ReplyShared shared = ReplyShared::in(shared_memory(), kMoves, s.num_ranks);
   if constexpr (kMoves) shared.mover.init();
-  if (thread_index() == 0) store(shared.scratch, 0u);
+  if (thread_index() == 0) store(&shared.ending->has_failed, 0u);
   sync_block();
   wait_for_previous_kernel();
   const Begun begun = begin_half(self, p.handle, Half::kCombineSend);
   if (begun.is_stale || begun.is_lost) return;
-  if (thread_index() == 0) order_sources(self, begun.slot, shared);
-  look_for_refusals(self, begun, shared);
+  if (warp_index() == 0) {
+    order_sources(self, begun.slot, shared);
+  } else {
+    look_for_refusals(self, begun, shared);
+  }
   // What the last round left in the outbox has long left it.
   if (kHasNetwork && s.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
   const int choices = s.has_weights ? 1 : s.num_topk;
   const int num_units = shared.cells_before(shared.num_sources()) * choices;
+  // This kernel waits for no rank: the next one cannot keep out what it waits for.
+  const bool is_ready = is_short(num_units * num_slices(s.reply_bytes));
+  if (is_ready) let_next_kernel_start();
   // The direct rows, and as many of the others as the outbox holds: all, but for the most uneven
   // routing.
   Wave wave{0, num_units, num_units, true, Share::of_grid()};
@@ -193,24 +211,21 @@ combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
     if constexpr (kMoves) {
       send_rows(p, begun.slot, choices, wave, &sequence, shared);
     } else {
-      send_sums<kDtype>(p, begun.slot, wave, shared);
+      Sums sums(p, begun.slot, wave, shared);
+      sum_rows<kDtype, true>(sums);
     }
   };
-  if (load(shared.scratch) == 0) {
+  if (load(&shared.ending->has_failed) == 0) {
     send();
     if constexpr (kMoves) {
       if (choices != 1) count_rows(p, begun.slot, num_units, shared);
     }
   }
-  let_next_kernel_start();
-  if (!is_last_block(self, Half::kCombineSend, shared.scratch + 1)) return;
-  if (has_failed(self, begun.epoch)) return lose(self, Half::kCombineSend, begun.epoch);
+  if (!is_ready) let_next_kernel_start();
+  const uint32_t met = meet(self, Half::kCombineSend, shared.ending);
+  if (met == 0) return;
+  if ((met & kAnyFailed) != 0) return lose(self, Half::kCombineSend, begun.epoch);
   announce(self, begun, shared);
-  if (s.has_weights && thread_index() == 0) {
-    const int32_t* received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);
-    const int64_t num_rows = num_units - load(received + self.rank);
-    add_relaxed_gpu(&self.state->remote_bytes, num_rows * s.reply_bytes);
-  }
   if (!kHasNetwork || !s.has_outbox) return;
   wave.begin = wave.outbox_begin;
   for (;;) {

@@ -4,10 +4,12 @@
 // shared memory is dereferenced: what does not go through here, the executor cannot see.
 //
 // Identity     thread_index() num_threads() block_index() num_blocks() lane() warp_index()
+// Kinds        MOEBIUS_DEVICE, MOEBIUS_COLD (not inlined), MOEBIUS_KERNEL, MOEBIUS_PARAMS
 // Meeting      sync_block() sync_warp()
 // Warp         ballot(bool) shfl(v, lane) shfl_xor(v, mask) shfl_up(v, delta): all 32 lanes call
 // Memory       shared_memory(); load, store: plain, of 1 to 16 bytes, global or shared;
-//              load_stream: 16 bytes that nobody writes while the kernel runs
+//              load_stream: 16 bytes that nobody writes while the kernel runs;
+//              load_last: 16 bytes of global memory that nobody reads again
 // Atomics      shared: or_shared, add_shared (return what was there); global, device scope:
 //              add_relaxed_gpu (returns nothing), add_acq_rel_gpu, exchange_max_gpu (atomicMax)
 // Order        load_acquire_sys, store_release_sys, load_relaxed_sys, store_relaxed_sys,
@@ -17,7 +19,8 @@
 //              barrier_wait(b, parity); warp_bulk_store(global, shared, n), bulk_commit(),
 //              bulk_wait_read<N>() (shared memory may be reused, but for the last N groups),
 //              bulk_wait_all() (written, and visible to this thread);
-//              fence_proxy_async() (between ordinary accesses and bulk copies of the same memory)
+//              fence_proxy_async() (between ordinary accesses and bulk copies of the same memory),
+//              fence_proxy_async_shared() (likewise, of shared memory only)
 // Network      kHasNetwork; to ranks whose memory is not mapped here, addresses being those of the
 // same
 //              place in the own heap: warp_put_signal(dst, to, from, n, signal, word),

@@ -13,6 +13,7 @@
 #include "cuda/launchers.h"
 #include "cuda/mover.cuh"
 #include "cuda/positions.cuh"
+#include "cuda/scales.cuh"
 
 namespace moebius::cuda {
 namespace {
@@ -27,7 +28,7 @@ struct Shared {
   int32_t* rows;  // of this warp: where one cell goes
   Positions positions;
   int32_t* first_cell;  // [R + 1] cells of the ranks before; the last is their number
-  uint32_t* scratch;
+  Ending* ending;
 };
 
 constexpr size_t kRowsBytes = kWarpsPerBlock * kMaxTopk * sizeof(int32_t);
@@ -43,7 +44,7 @@ MOEBIUS_DEVICE Shared carve(const Shape& s, bool is_token_major, int num_words) 
   shared.positions = Positions::in(at, num_local, is_token_major ? 0 : num_words);
   at += positions_bytes(num_local, is_token_major ? 0 : num_words);
   shared.first_cell = reinterpret_cast<int32_t*>(at);
-  shared.scratch = reinterpret_cast<uint32_t*>(shared.first_cell + s.num_ranks + 1);
+  shared.ending = reinterpret_cast<Ending*>(shared.first_cell + s.num_ranks + 1);
   return shared;
 }
 size_t shared_bytes(const Shape& s, bool is_token_major, int num_words) {
@@ -89,19 +90,23 @@ MOEBIUS_DEVICE void await_cells(const DispatchRecvParams& p,
     if (!begun.is_lost && !is_masked(self, src)) {
       // Pairs with [arrived] of dispatch send.
       count = await_count(self, src, SignalKind::kDispatch, begun.epoch, p.wait_stats);
-      if (count < 0) store(shared.scratch, 1u);
+      if (count < 0) store(&shared.ending->has_failed, 1u);
     }
     store(shared.first_cell + src + 1, static_cast<int32_t>(count < 0 ? 0 : count));
   }
-  if (thread_index() == 0) store(shared.first_cell, 0);
   sync_block();
-  if (thread_index() == 0) {
-    const bool is_lost = load(shared.scratch) != 0;
+  if (warp_index() == 0) {
+    const bool is_lost = load(&shared.ending->has_failed) != 0;
     int sum = 0;
-    for (int src = 0; src < num_ranks; ++src) {
-      if (!is_lost) sum += load(shared.first_cell + src + 1);
-      store(shared.first_cell + src + 1, sum);
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += kWarp) {
+      const int src = first + lane();
+      const bool is_one = src < num_ranks && !is_lost;
+      const int up_to = scan_warp(is_one ? load(shared.first_cell + src + 1) : 0);
+      if (src < num_ranks) store(shared.first_cell + src + 1, sum + up_to);
+      sum += shfl(up_to, kWarp - 1);
     }
+    if (lane() == 0) store(shared.first_cell, 0);
   }
   // The bulk loads below read what peers wrote.
   fence_proxy_async();
@@ -129,56 +134,45 @@ MOEBIUS_DEVICE void fail_cell(const Rank& self, uint64_t epoch, int src) {
        0);
 }
 
-// expert_major: puts the cells of [begin, end) into the lists of their experts.
+constexpr int kPairsAhead = 4;
+
+// expert_major: puts the cells of [begin, end) into the lists of their experts, which have to be
+// counted next. A thread for each cell, so that it is found once.
 MOEBIUS_DEVICE void list_cells(
     const Rank& self, const Begun& begun, int begin, int end, const Shared& shared) {
+  static_assert(sizeof(CellHead) == sizeof(uint64_t), "pairs of ids are aligned");
   const Shape& s = self.layout.shape;
+  const int num_local = s.num_local_experts();
+  const int num_pairs = (s.num_topk + 1) / 2;
   shared.positions.clear();
   sync_block();
+#pragma unroll 1
   for (int number = begin + thread_index(); number < end; number += num_threads()) {
     const Cell cell = find_cell(self, begun.slot, number, shared);
-    const int32_t* ids = ids_of(self, cell.at);
-    if (!is_sane(self, cell.at)) fail_cell(self, begun.epoch, cell.src);
-#pragma unroll 8
-    for (int k = 0; k < s.num_topk; ++k) {
-      const int32_t id = load(ids + k);
-      if (id < -1 || id >= s.num_local_experts()) {
-        fail_cell(self, begun.epoch, cell.src);
-      } else if (id >= 0) {
-        shared.positions.mark(id, number - begin);
+    const auto* pairs = reinterpret_cast<const uint64_t*>(ids_of(self, cell.at));
+    bool is_good = is_sane(self, cell.at);
+#pragma unroll 1
+    for (int first = 0; first < num_pairs; first += kPairsAhead) {
+      uint64_t ids[kPairsAhead];  // on their way together
+#pragma unroll
+      for (int i = 0; i < kPairsAhead; ++i) {
+        ids[i] = first + i < num_pairs ? load(pairs + first + i) : ~uint64_t{0};
+        // What follows the last id is none.
+        if (2 * (first + i) + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kPairsAhead; ++i) {
+        const auto id = static_cast<int32_t>(ids[i / 2] >> (i % 2 * 32));
+        if (id < -1 || id >= num_local) {
+          is_good = false;
+        } else if (id >= 0) {
+          shared.positions.mark(id, number - begin);
+        }
       }
     }
+    if (!is_good) fail_cell(self, begun.epoch, cell.src);
   }
   sync_block();
-  shared.positions.count();
-  sync_block();
-}
-
-// The scales of a cell that a lane has read; enough for H = 16384 in fp32.
-constexpr int kScaleWords = 4;
-
-// Writes the scales of a cell to `row` of `expert`.
-MOEBIUS_DEVICE void write_scales(const DispatchRecvParams& p,
-                                 const std::byte* cell,
-                                 int64_t expert,
-                                 int64_t row) {
-  const HeapLayout& layout = p.self.layout;
-  const auto* from = reinterpret_cast<const uint32_t*>(cell + layout.scales_in_cell);
-  std::byte* to = p.scales + expert * p.scale_strides[0] + row * p.scale_strides[1];
-  const int num_words = static_cast<int>(layout.shape.scale_bytes / 4);
-  for (int first = 0; first < num_words; first += kScaleWords * kWarp) {
-    uint32_t words[kScaleWords];
-#pragma unroll
-    for (int i = 0; i < kScaleWords; ++i) {
-      const int w = first + i * kWarp + lane();
-      words[i] = w < num_words ? load(from + w) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kScaleWords; ++i) {
-      const int w = first + i * kWarp + lane();
-      if (w < num_words) store(reinterpret_cast<uint32_t*>(to + w * p.scale_strides[2]), words[i]);
-    }
-  }
 }
 
 // expert_major. Fills this warp's `rows` with where cell `item` of the chunk goes: expert * R * M +
@@ -208,42 +202,49 @@ struct ToExperts {
   const Shared& shared;
   int chunk_begin;
   int num_rows;
+  Scales scales;
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
     return find_cell(p.self, begun.slot, chunk_begin + row, shared).at;
   }
-  MOEBIUS_DEVICE void begin(int row) { num_rows = find_rows(p.self.layout.shape, row, shared); }
+  MOEBIUS_DEVICE void begin(int row, bool is_first) {
+    scales.from = nullptr;
+    if (is_first && p.scales != nullptr) scales.read(p, from(row));
+    num_rows = find_rows(p.self.layout.shape, row, shared);
+  }
   MOEBIUS_DEVICE std::byte* to(int n) const {
     if (n >= num_rows) return nullptr;
     return p.x + load(shared.rows + n) * p.self.layout.shape.payload_bytes;
   }
+  MOEBIUS_DEVICE void finish(bool is_first) const {
+    if (!is_first || scales.from == nullptr) return;
+    const int rows_of_expert = p.self.layout.shape.num_ranks * p.self.layout.shape.max_num_tokens;
+    for (int n = 0; n < num_rows; ++n) {
+      const int32_t at = load(shared.rows + n);
+      scales.write(p, at / rows_of_expert, at % rows_of_expert);
+    }
+  }
 };
 
-// What belongs to the rows of the cells [begin, end) beside their payload.
+// What is noted of each row of the cells [begin, end): a thread for each (cell, choice).
 MOEBIUS_DEVICE void describe_rows(
     const DispatchRecvParams& p, const Begun& begun, int begin, int end, const Shared& shared) {
   const Shape& s = p.self.layout.shape;
   const int num_rows = s.num_ranks * s.max_num_tokens;
   int32_t* rows = in_workspace<int32_t>(p.self, begun.slot, p.self.layout.cell_rows);
-  for (int number = begin + warp_index() * num_blocks() + block_index(); number < end;
-       number += kWarpsPerBlock * num_blocks()) {
-    const Cell cell = find_cell(p.self, begun.slot, number, shared);
-    if (lane() < s.num_topk) {
-      const int32_t id = load(ids_of(p.self, cell.at) + lane());
-      const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
-      const int32_t token = load(&head->token);
-      const bool is_here = id >= 0 && id < s.num_local_experts();
-      const int32_t at = is_here ? id * num_rows + shared.positions.find(id, number - begin) : -1;
-      const int64_t inbox = int64_t{cell.src} * s.max_num_tokens + cell.index;
-      store(rows + inbox * s.num_topk + lane(), at);
-      if (is_here) store(p.src_info + at, token);
-    }
-    if (p.scales == nullptr) continue;
-    const int count = find_rows(s, number - begin, shared);
-    for (int n = 0; n < count; ++n) {
-      const int32_t at = load(shared.rows + n);
-      write_scales(p, cell.at, at / num_rows, at % num_rows);
-    }
+  const int num_choices = (end - begin) * s.num_topk;
+  for (int i = block_index() * num_threads() + thread_index(); i < num_choices;
+       i += num_blocks() * num_threads()) {
+    const int item = i / s.num_topk, choice = i % s.num_topk;
+    const Cell cell = find_cell(p.self, begun.slot, begin + item, shared);
+    const int32_t id = load(ids_of(p.self, cell.at) + choice);
+    const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
+    const int32_t token = load(&head->token);
+    const bool is_here = id >= 0 && id < s.num_local_experts();
+    const int32_t at = is_here ? id * num_rows + shared.positions.find(id, item) : -1;
+    const int64_t inbox = int64_t{cell.src} * s.max_num_tokens + cell.index;
+    store(rows + inbox * s.num_topk + choice, at);
+    if (is_here) store(p.src_info + at, token);
   }
 }
 
@@ -259,13 +260,15 @@ MOEBIUS_DEVICE void note_ranges(
                         : load(shared.positions.totals + expert);
     };
     int64_t* range = p.layout_range + i;
-    if (first >= begin && (first < end || is_final)) {
-      store(range, int64_t{rows_before(first)} << 32);
+    const bool begins = first >= begin && (first < end || is_final);
+    const bool ends = first < last && last > begin && last <= end;
+    int64_t from = 0;
+    if (begins) {
+      from = rows_before(first);
+    } else if (ends) {
+      from = load(range) >> 32;  // of a chunk before
     }
-    if (first < last && last > begin && last <= end) {
-      const int64_t from = load(range) >> 32;
-      store(range, from << 32 | (rows_before(last) - from));
-    }
+    if (begins || ends) store(range, from << 32 | (ends ? rows_before(last) - from : 0));
   }
 }
 
@@ -276,20 +279,24 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
   const int chunk = l.num_words * 32;
-  Mover<ToExperts> mover{shared.mover, {p, begun, shared, 0, 0}, s.payload_bytes, Share::of_grid()};
-  for (int begin = 0; begin < num_cells; begin += chunk) {
+  Mover<ToExperts> mover{
+      shared.mover, {p, begun, shared, 0, 0, {}}, s.payload_bytes, Share::of_grid()};
+  for (int begin = 0;;) {
     const int end = static_cast<int>(min_of(begin + chunk, num_cells));
     mover.rows.chunk_begin = begin;
-    mover.start(end - begin);
     list_cells(p.self, begun, begin, end, shared);
-    describe_rows(p, begun, begin, end, shared);
-    mover.run();
-    if (block_index() == 0) note_ranges(p, begin, end, end == num_cells, shared);
+    mover.start(end -
+                begin);  // not before: what the list is made from would stand behind in the queue
+    shared.positions.count();
     sync_block();
-  }
-  for (int i = thread_index(); num_cells == 0 && block_index() == 0 && i < s.num_experts;
-       i += num_threads()) {
-    store(p.layout_range + i, int64_t{0});
+    // Nothing fails from here on: the blocks meet while the rows are on their way.
+    if (end == num_cells && is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);
+    describe_rows(p, begun, begin, end, shared);
+    if (block_index() == 0) note_ranges(p, begin, end, end == num_cells, shared);
+    mover.run();
+    if (end == num_cells) return;
+    begin = end;
+    sync_block();
   }
 }
 
@@ -298,17 +305,25 @@ struct ToRows {
   const DispatchRecvParams& p;
   const Begun& begun;
   const Shared& shared;
-  std::byte* at;
+  int64_t number;  // of the row in x
+  Scales scales;
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
     return find_cell(p.self, begun.slot, row, shared).at;
   }
-  MOEBIUS_DEVICE void begin(int row) {
+  MOEBIUS_DEVICE void begin(int row, bool is_first) {
     const Shape& s = p.self.layout.shape;
     const Cell cell = find_cell(p.self, begun.slot, row, shared);
-    at = p.x + (int64_t{cell.src} * s.max_num_tokens + cell.index) * s.payload_bytes;
+    number = int64_t{cell.src} * s.max_num_tokens + cell.index;
+    scales.from = nullptr;
+    if (is_first && p.scales != nullptr) scales.read(p, cell.at);
   }
-  MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? at : nullptr; }
+  MOEBIUS_DEVICE std::byte* to(int n) const {
+    return n == 0 ? p.x + number * p.self.layout.shape.payload_bytes : nullptr;
+  }
+  MOEBIUS_DEVICE void finish(bool is_first) const {
+    if (is_first && scales.from != nullptr) scales.write(p, 0, number);
+  }
 };
 
 // token_major: what belongs to a row beside its payload, and the count of each expert.
@@ -339,7 +354,6 @@ MOEBIUS_DEVICE void describe_cells(const DispatchRecvParams& p,
       store(p.topk_ids + row * s.num_topk + lane(), id);
       store(p.topk_weights + row * s.num_topk + lane(), load(weights + lane()));
     }
-    if (p.scales != nullptr) write_scales(p, cell.at, 0, row);
   }
 }
 
@@ -349,7 +363,7 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
   const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
-  Mover<ToRows> mover{shared.mover, {p, begun, shared, nullptr}, s.payload_bytes, Share::of_grid()};
+  Mover<ToRows> mover{shared.mover, {p, begun, shared, 0, {}}, s.payload_bytes, Share::of_grid()};
   mover.start(num_cells);
   describe_cells(p, begun, num_cells, shared);
   // Rows without a token read as unrouted.
@@ -363,12 +377,14 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
       store(p.topk_ids + src * per_src + i, -1);
     }
   }
-  mover.run();
   sync_block();
   for (int expert = thread_index(); expert < s.num_local_experts(); expert += num_threads()) {
     const int n = load(shared.positions.totals + expert);
     if (n != 0) add_relaxed_gpu(p.self.expert_counts + expert, n);
   }
+  sync_block();
+  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);
+  mover.run();
 }
 
 // Last block: the counts, which only now are known for all blocks.
@@ -376,7 +392,7 @@ MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared
   const DispatchRecvParams& p = l.args;
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
-  clear_awaiting(self);
+  if (is_bookkeeper()) clear_awaiting(self);
   const bool is_lost = !begun.is_lost && has_failed(self, begun.epoch);
   if (is_lost) lose(self, Half::kDispatchRecv, begun.epoch);
   int32_t* num_received = in_workspace<int32_t>(self, begun.slot, self.layout.num_received);
@@ -413,7 +429,7 @@ MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS RecvLaunch 
   const Shape& s = self.layout.shape;
   const Shared shared = carve(s, self.is_token_major, l.num_words);
   shared.mover.init();
-  if (thread_index() == 0) store(shared.scratch, 0u);
+  if (thread_index() == 0) store(&shared.ending->has_failed, 0u);
   shared.positions.clear_totals();
   sync_block();
   wait_for_previous_kernel();
@@ -429,14 +445,19 @@ MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS RecvLaunch 
     return;
   }
   await_cells(p, begun, shared);
+  // From here on this kernel waits for no rank: the next one cannot keep out what it waits for.
+  const int num_windows = static_cast<int>((s.payload_bytes + kStageBytes - 1) / kStageBytes);
+  const bool is_ready = is_short(load(shared.first_cell + s.num_ranks) * num_windows);
+  if (is_ready) let_next_kernel_start();
   if (self.is_token_major) {
     receive_token_major(l, begun, shared);
   } else {
     receive_expert_major(l, begun, shared);
   }
   bulk_wait_all();
-  let_next_kernel_start();
-  if (is_last_block(self, Half::kDispatchRecv, shared.scratch + 1)) finish(l, begun, shared);
+  if (!is_ready) let_next_kernel_start();
+  sync_block();
+  if (load(&shared.ending->met) != 0) finish(l, begun, shared);
 }
 
 }  // namespace

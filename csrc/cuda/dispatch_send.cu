@@ -10,11 +10,11 @@
 // Synchronisation: [arrived] release, by the last block; [all-done]; the closing wait of round e -
 // D. Requirements: rows of x 16-byte aligned. Cost: each row of x is read once, and written once to
 // each rank that has one of its experts.
+#include "cuda/destinations.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
 #include "cuda/payload.cuh"
-#include "cuda/positions.cuh"
-#include "cuda/rank.cuh"
+#include "cuda/work.cuh"
 
 namespace moebius::cuda {
 namespace {
@@ -22,54 +22,10 @@ namespace {
 struct SendLaunch {
   DispatchSendParams args;
   int num_words;    // of the positions
+  int num_units;    // of a token; see out_unit
   int num_slices;   // of a token
-  int slice_units;  // of a slice; see out_unit
+  int slice_units;  // of a slice
 };
-
-constexpr int kStageScales = kStageBytes / kScaleGroup;
-
-struct Shared {
-  Positions positions;
-  std::byte** heaps;    // [R]
-  int32_t* is_alive;    // [R]
-  int32_t* num_sent;    // [R]
-  int32_t* reply_base;  // [R] where the rank's replies begin
-  uint32_t* scratch;    // is any wait of this block over without success; is this the last block
-  std::byte* stages;    // of this warp: two
-  float* scales;        // of this warp: of one slice
-};
-
-MOEBIUS_DEVICE Shared carve(int num_ranks, int num_words) {
-  Shared s;
-  std::byte* at = shared_memory();
-  s.stages = at + warp_index() * 2 * kStageBytes;
-  at += kWarpsPerBlock * 2 * kStageBytes;
-  s.scales = reinterpret_cast<float*>(at) + warp_index() * kStageScales;
-  at += kWarpsPerBlock * kStageScales * sizeof(float);
-  s.positions = Positions::in(at, num_ranks, num_words);
-  at += positions_bytes(num_ranks, num_words);
-  s.heaps = reinterpret_cast<std::byte**>(at);
-  s.is_alive = reinterpret_cast<int32_t*>(s.heaps + num_ranks);
-  s.num_sent = s.is_alive + num_ranks;
-  s.reply_base = s.num_sent + num_ranks;
-  s.scratch = reinterpret_cast<uint32_t*>(s.reply_base + num_ranks);
-  return s;
-}
-size_t shared_bytes(int num_ranks, int num_words) {
-  return kWarpsPerBlock * (2 * kStageBytes + kStageScales * sizeof(float)) +
-         positions_bytes(num_ranks, num_words) + 20 * static_cast<size_t>(num_ranks) + 8;
-}
-
-MOEBIUS_DEVICE int32_t id_at(const DispatchSendParams& p, int64_t at) {
-  if (!p.has_int64_ids) return load(static_cast<const int32_t*>(p.topk_ids) + at);
-  const int64_t id = load(static_cast<const int64_t*>(p.topk_ids) + at);
-  const bool fits = id >= -1 && id < p.self.layout.shape.num_experts;
-  return fits ? static_cast<int32_t>(id) : -2;
-}
-MOEBIUS_DEVICE int64_t raw_id_at(const DispatchSendParams& p, int64_t at) {
-  return p.has_int64_ids ? load(static_cast<const int64_t*>(p.topk_ids) + at)
-                         : int64_t{load(static_cast<const int32_t*>(p.topk_ids) + at)};
-}
 
 MOEBIUS_DEVICE int64_t count_valid(const DispatchSendParams& p) {
   if (p.num_valid_tokens == nullptr) return p.num_tokens;
@@ -80,7 +36,8 @@ MOEBIUS_DEVICE int64_t count_valid(const DispatchSendParams& p) {
 }
 
 // Reads what does not change while the kernel runs.
-MOEBIUS_DEVICE void read_ranks(const Rank& self, const Shared& shared) {
+MOEBIUS_DEVICE void read_ranks(const Rank& self, const SendShared& shared) {
+#pragma unroll 1
   for (int r = thread_index(); r < self.layout.shape.num_ranks; r += num_threads()) {
     store(shared.heaps + r, r == self.rank ? self.heap : load(self.heaps + r));
     store(shared.is_alive + r, is_masked(self, r) ? 0 : 1);
@@ -88,41 +45,49 @@ MOEBIUS_DEVICE void read_ranks(const Rank& self, const Shared& shared) {
 }
 
 // Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. By the
-// first warp of the block.
-MOEBIUS_DEVICE void take_slot(const Rank& self, uint64_t epoch, int slot, const Shared& shared) {
+// first warp of the block. `combined`: 1 + the last round of the slot that this rank combined.
+MOEBIUS_DEVICE void take_slot(
+    const Rank& self, uint64_t epoch, int slot, uint64_t combined, const SendShared& shared) {
   const int num_ranks = self.layout.shape.num_ranks;
   const uint64_t depth = static_cast<uint64_t>(self.layout.shape.depth);
   const uint64_t closed = epoch - depth;
   const bool has_last = epoch >= depth;
-  if (has_last && load(&control_of(self, self.rank)->combined[slot]) != closed + 1) {
+  if (has_last && combined != closed + 1) {
     // Never combined: the empty combine, by the block that comes first. The others wait for the
     // peers' at once, and need not be resident together with any.
     uint64_t before = 0;
     if (lane() == 0) before = exchange_max_gpu(&self.state->closed[slot], closed + 1);
     const bool is_first = shfl(before, 0) != closed + 1;
+#pragma unroll 1
     for (int dst = thread_index(); is_first && dst < num_ranks; dst += kWarp) {
       if (load(shared.is_alive + dst) == 0) continue;
       send_signal(self, dst, slot, SignalKind::kCombine, signal_word(closed, 0));
     }
   }
+#pragma unroll 1
   for (int src = thread_index(); src < num_ranks; src += kWarp) {
     if (load(shared.is_alive + src) == 0) continue;
     if (src == self.rank) continue;
+    // Both are on their way together.
+    const bool is_refused = is_refused_by(self, src);
+    // Pairs with [arrived] of combine send: it has read what we sent it in that round.
+    uint64_t word = load_acquire_sys(signal_at(self, self.rank, slot, src, SignalKind::kCombine));
     bool is_closed = true;
-    if (is_refused_by(self, src)) {
+    if (is_refused) {
       // Its memory may serve other rounds by now.
       is_closed =
           fail(self, epoch, FaultKind::kTimeout, Reason::kReported, self.rank, src, epoch, 0, 0);
     } else if (has_last) {
-      // Pairs with [arrived] of combine send: it has read what we sent it in that round.
-      uint64_t word;
-      is_closed = poll(self, src, SignalKind::kCombine, closed, epoch, &word);
+      if (!signal_arrived(word, closed)) {
+        word = spin(self, src, SignalKind::kCombine, closed, epoch);
+      }
+      is_closed = signal_arrived(word, closed);
       if (is_closed && signal_epoch(word) != closed && !signal_is_abort(word)) {
         is_closed =
             fail(self, epoch, FaultKind::kProtocol, Reason::kDeadline, src, -1, closed, word, 0);
       }
     }
-    if (!is_closed) store(shared.scratch, 1u);
+    if (!is_closed) store(&shared.ending->has_failed, 1u);
   }
 }
 
@@ -133,10 +98,11 @@ MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
                                 int begin,
                                 int end,
                                 int first_thread,
-                                const Shared& shared) {
+                                const SendShared& shared) {
   const Shape& s = p.self.layout.shape;
   const int num_local = s.num_local_experts();
   const int step = num_threads() - first_thread;
+#pragma unroll 1
   for (int i = thread_index() - first_thread; i < (end - begin) * s.num_topk; i += step) {
     if (i < 0) break;  // a thread that polls
     const int token = i / s.num_topk;
@@ -153,7 +119,7 @@ MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
 }
 
 MOEBIUS_DEVICE void list_tokens(
-    const DispatchSendParams& p, uint64_t epoch, int begin, int end, const Shared& shared) {
+    const DispatchSendParams& p, uint64_t epoch, int begin, int end, const SendShared& shared) {
   shared.positions.clear();
   sync_block();
   mark_tokens(p, epoch, begin, end, 0, shared);
@@ -162,97 +128,12 @@ MOEBIUS_DEVICE void list_tokens(
   sync_block();
 }
 
-// Where a warp's token goes; one lane for each choice.
-struct Destinations {
-  int32_t id;         // -1: nowhere
-  int32_t dst;        // -1: nowhere
-  float weight;       // of the choice
-  int32_t reply_row;  // for that of the first choice of `dst`, at the source
-  std::byte* cell;    // likewise
-  uint32_t firsts;    // lanes with the first choice of their rank
-};
-
-MOEBIUS_DEVICE Destinations find_destinations(
-    const DispatchSendParams& p, int slot, int token, int chunk_begin, const Shared& shared) {
-  const Shape& s = p.self.layout.shape;
-  const int64_t at = int64_t{token} * s.num_topk + lane();
-  Destinations d{-1, -1, 0.0f, 0, nullptr, 0};
-  if (lane() < s.num_topk) {
-    d.id = id_at(p, at);
-    if (s.has_weights) d.weight = load(p.topk_weights + at);
-    if (d.id < 0 || d.id >= s.num_experts) d.id = -1;
-    if (d.id >= 0) {
-      d.dst = d.id / s.num_local_experts();
-      if (load(shared.is_alive + d.dst) == 0) d.dst = d.id = -1;
-    }
-  }
-  bool is_first = d.dst >= 0;
-  for (int k = 0; k < s.num_topk; ++k) {
-    const int other = shfl(d.dst, k);
-    if (k < lane() && other == d.dst) is_first = false;
-  }
-  d.firsts = ballot(is_first);
-  if (is_first) {
-    const int position = shared.positions.find(d.dst, token - chunk_begin);
-    d.reply_row = s.has_weights ? load(shared.reply_base + d.dst) + position : token * s.num_topk;
-    std::byte* heap = load(shared.heaps + d.dst);
-    d.cell =
-        kHasNetwork && heap == nullptr
-            ? p.self.heap + p.self.layout.outbox_cell(load(shared.reply_base + d.dst) + position)
-            : heap + p.self.layout.cell(slot, p.self.rank, position);
-  }
-  return d;
-}
-
-// For combine receive: the rows of the token's replies, in ascending rank order.
-MOEBIUS_DEVICE void note_replies(const Rank& self, int slot, int token, const Destinations& d) {
-  const Shape& s = self.layout.shape;
-  const int replies = static_cast<int>(s.replies_per_token());
-  int32_t* rows =
-      in_workspace<int32_t>(self, slot, self.layout.reply_rows) + int64_t{token} * replies;
-  if (!s.has_weights) {
-    if (lane() < replies) store(rows + lane(), d.id >= 0 ? token * s.num_topk + lane() : -1);
-    return;
-  }
-  int num_below = 0, num_firsts = 0;
-  for (int k = 0; k < s.num_topk; ++k) {
-    const int other = shfl(d.dst, k);
-    const bool is_first = (d.firsts >> k & 1u) != 0;
-    num_firsts += is_first ? 1 : 0;
-    num_below += is_first && other < d.dst ? 1 : 0;
-  }
-  if ((d.firsts >> lane() & 1u) != 0) store(rows + num_below, d.reply_row);
-  if (lane() >= num_firsts && lane() < replies) store(rows + lane(), -1);
-}
-
-// What travels beside the payload: the head, and scales that the caller made.
-MOEBIUS_DEVICE void send_head(
-    const DispatchSendParams& p, int token, int from, const Destinations& d, std::byte* cell) {
-  const HeapLayout& layout = p.self.layout;
-  const Shape& s = layout.shape;
-  const int dst = shfl(d.dst, from);
-  const int reply_row = shfl(d.reply_row, from);
-  auto* head = reinterpret_cast<CellHead*>(cell + layout.head_in_cell);
-  auto* ids = reinterpret_cast<int32_t*>(cell + layout.head_in_cell + sizeof(CellHead));
-  if (lane() == 0) {
-    store(&head->token, token);
-    store(&head->reply_row, reply_row);
-  }
-  if (lane() < s.num_topk) {
-    store(ids + lane(), d.dst == dst ? d.id - dst * s.num_local_experts() : -1);
-    if (s.has_weights) store(reinterpret_cast<float*>(ids + s.num_topk) + lane(), d.weight);
-  }
-  if (p.scales == nullptr) return;
-  auto* to = reinterpret_cast<uint32_t*>(cell + layout.scales_in_cell);
-  auto* scales = reinterpret_cast<const uint32_t*>(p.scales + token * p.scales_stride);
-  for (int w = lane(); w < s.scale_bytes / 4; w += kWarp) store(to + w, load(scales + w));
-}
-
 // The scales that were made of units [begin, end).
 MOEBIUS_DEVICE void send_scales(
     const Rank& self, int begin, int end, const float* scales, std::byte* cell) {
   std::byte* to = cell + self.layout.scales_in_cell;
   const int first = begin / kGroupUnits;
+#pragma unroll 1
   for (int g = lane(); g < (end - begin) / kGroupUnits; g += kWarp) {
     const float scale = load(scales + g);
     if (self.scale_format == ScaleFormat::kUe8m0) {
@@ -263,55 +144,102 @@ MOEBIUS_DEVICE void send_scales(
   }
 }
 
+// A slice of a token.
+struct Slice {
+  int begin, end;  // units
+
+  MOEBIUS_DEVICE static Slice of(const SendLaunch& l, const Part& item) {
+    const int begin = item.part * l.slice_units;
+    return {begin, static_cast<int>(min_of(begin + l.slice_units, l.num_units))};
+  }
+};
+
+// What a warp is at; it carries on from chunk to chunk.
 template <Encoding kEncoding, Dtype kX>
-MOEBIUS_DEVICE void send_tokens(
-    const SendLaunch& l, int slot, int begin, int end, const Shared& shared, int* stage_index) {
-  constexpr int kStep = kUnroll * kWarp;
+struct Sender {
+  int num_left;                    // items
+  Part next;                       // token and slice
+  int stage;                       // the other one may still be read
+  Fetched<kEncoding, kX> fetched;  // the beginning of `next`
+  int found = -1;                  // token that `destinations` are of
+  Destinations destinations = {};
+
+  MOEBIUS_DEVICE void fetch(const SendLaunch& l) {
+    if (num_left == 0) return;
+    const Slice slice = Slice::of(l, next);
+    fetched.fetch(l.args.x + next.whole * l.args.x_stride, slice.begin, slice.end);
+  }
+  // Goes on to the next item, and asks for its beginning.
+  MOEBIUS_DEVICE void advance(const SendLaunch& l) {
+    --num_left;
+    next.advance(l.num_slices);
+    fetch(l);
+  }
+};
+
+// Sends the tokens before `end`, as far as they are listed: from `begin` on.
+template <Encoding kEncoding, Dtype kX>
+MOEBIUS_DEVICE void send_tokens(const SendLaunch& l,
+                                int slot,
+                                int begin,
+                                int end,
+                                const SendShared& shared,
+                                Sender<kEncoding, kX>* sender) {
+  constexpr int kStep = Fetched<kEncoding, kX>::kUnits;
   const DispatchSendParams& p = l.args;
-  const int num_units = static_cast<int>(p.self.layout.shape.payload_bytes / out_unit(kEncoding));
-  const int num_items = (end - begin) * l.num_slices;
-  // Neighbouring items go to different blocks: few tokens are spread over all.
-  for (int item = warp_index() * num_blocks() + block_index(); item < num_items;
-       item += kWarpsPerBlock * num_blocks()) {
-    const int token = begin + item / l.num_slices;
-    const int slice = item % l.num_slices;
-    const int unit = slice * l.slice_units;
-    const int unit_end = static_cast<int>(min_of(unit + l.slice_units, num_units));
-    const std::byte* row = p.x + token * p.x_stride;
-    Fetched<kEncoding, kX> fetched;
-    fetched.fetch(row, unit, unit_end);  // on its way while the destinations are found
-    const Destinations d = find_destinations(p, slot, token, begin, shared);
-    if (slice == 0) note_replies(p.self, slot, token, d);
-    if (d.firsts == 0) continue;
-    std::byte* stage = shared.stages + *stage_index * kStageBytes;
-    *stage_index ^= 1;
-    bulk_wait_read<1>();
-    for (int base = unit; base < unit_end; base += kStep) {
-      const Fetched<kEncoding, kX> now = fetched;
-      if (base + kStep < unit_end) fetched.fetch(row, base + kStep, unit_end);
-      fill_stage(p.self, now, base, unit, unit_end, stage, shared.scales);
+  Destinations& d = sender->destinations;
+#pragma unroll 1
+  for (int token = -1; sender->num_left > 0 && sender->next.whole < end;) {
+    const Part item = sender->next;
+    const Slice slice = Slice::of(l, item);
+    if (item.whole != token) {
+      token = item.whole;
+      if (token != sender->found) d = find_ranks(p, sender->found = token, shared);
+      find_cells(p, slot, token, begin, shared, &d);
     }
-    fence_proxy_async();
+    // By another warp than the one that sends the head.
+    if (item.part == l.num_slices - 1) note_replies(p.self, slot, token, d);
+    if (d.firsts == 0) {
+      sender->advance(l);
+      continue;
+    }
+    std::byte* stage = shared.stages + sender->stage * kStageBytes;
+    sender->stage ^= 1;
+    bulk_wait_read<1>();
+    const std::byte* row = p.x + token * p.x_stride;
+#pragma unroll 1
+    for (int base = slice.begin; base < slice.end; base += kStep) {
+      const Fetched<kEncoding, kX> now = sender->fetched;
+      if (base + kStep < slice.end) {
+        sender->fetched.fetch(row, base + kStep, slice.end);
+      } else {
+        sender->advance(l);
+      }
+      fill_stage(p.self, now, base, slice.begin, slice.end, stage, shared.scales);
+    }
+    fence_proxy_async_shared();
     sync_warp();
-    const auto num_bytes = static_cast<uint32_t>((unit_end - unit) * out_unit(kEncoding));
+    const auto num_bytes = static_cast<uint32_t>((slice.end - slice.begin) * out_unit(kEncoding));
+    int who = 0;  // of the token's slices sends the head
+#pragma unroll 1
     for (uint32_t rest = d.firsts; rest != 0; rest &= rest - 1) {
       const int from = lowest(rest);
       std::byte* cell = shfl(d.cell, from);
-      warp_bulk_store(cell + unit * out_unit(kEncoding), stage, num_bytes);
+      warp_bulk_store(cell + slice.begin * out_unit(kEncoding), stage, num_bytes);
       if constexpr (kEncoding == Encoding::kQuantise) {
-        send_scales(p.self, unit, unit_end, shared.scales, cell);
+        send_scales(p.self, slice.begin, slice.end, shared.scales, cell);
       }
-      if (slice == 0) send_head(p, token, from, d, cell);
+      if (item.part == who) send_head(p, token, from, d, cell);
+      if (++who == l.num_slices) who = 0;
     }
     bulk_commit();
     sync_warp();
   }
 }
 
-// Last block, one thread: the first choice that names no expert, if there is one.
-MOEBIUS_DEVICE void record_bad_choice(const DispatchSendParams& p, uint64_t epoch) {
+// Last block, one thread: the first choice that names no expert.
+MOEBIUS_COLD void record_bad_choice(const DispatchSendParams& p, uint64_t epoch) {
   const uint64_t word = load(&p.self.state->bad_choice);
-  if (word >> kCountBits != epoch + 1) return;
   const auto at = static_cast<int64_t>(kMostChoices - (word & kLowMask));
   Fault fault;
   fault.kind = FaultKind::kRouting;
@@ -326,17 +254,17 @@ MOEBIUS_DEVICE void record_bad_choice(const DispatchSendParams& p, uint64_t epoc
 MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
                              uint64_t epoch,
                              int slot,
-                             const Shared& shared) {
+                             bool has_failed,
+                             const SendShared& shared) {
   const Rank& self = p.self;
   const int num_ranks = self.layout.shape.num_ranks;
-  clear_awaiting(self);
-  if (thread_index() == 0) record_bad_choice(p, epoch);
-  if (has_failed(self, epoch)) {
+  if (has_failed) {
     lose(self, Half::kDispatchSend, epoch);
   } else {
     const auto word_for = [&](int dst) {
       return signal_word(epoch, static_cast<uint64_t>(load(shared.num_sent + dst)));
     };
+#pragma unroll 1
     for (int dst = thread_index(); dst < num_ranks; dst += num_threads()) {
       if (load(shared.is_alive + dst) == 0) continue;
       if (kHasNetwork && load(shared.heaps + dst) == nullptr) continue;
@@ -345,6 +273,7 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
                         word_for(dst));
     }
     // One message for each remote rank: its cells stand together, here and there.
+#pragma unroll 1
     for (int dst = warp_index(); kHasNetwork && dst < num_ranks; dst += kWarpsPerBlock) {
       if (load(shared.is_alive + dst) == 0 || load(shared.heaps + dst) != nullptr) continue;
       warp_put_signal(dst,
@@ -355,14 +284,15 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
                       word_for(dst));
     }
   }
-  if (thread_index() != 0) return;
-  int64_t remote = 0;
-  for (int dst = 0; dst < num_ranks; ++dst) {
-    if (dst != self.rank) remote += load(shared.num_sent + dst) * self.layout.cell_bytes;
-  }
-  add_relaxed_gpu(&self.state->remote_bytes, remote);
+  if (!is_bookkeeper()) return;
   store(p.handle, epoch);
   store(&control_of(self, self.rank)->epoch, epoch + 1);
+  const int last = num_ranks - 1;
+  const int num_remote = load(shared.reply_base + last) + load(shared.num_sent + last) -
+                         load(shared.num_sent + self.rank);
+  add_relaxed_gpu(&self.state->remote_bytes, num_remote * self.layout.cell_bytes);
+  if (load(&self.state->bad_choice) >> kCountBits == epoch + 1) record_bad_choice(p, epoch);
+  clear_awaiting(self);
 }
 
 template <Encoding kEncoding, Dtype kX>
@@ -371,39 +301,57 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   const DispatchSendParams& p = l.args;
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
-  const Shared shared = carve(s.num_ranks, l.num_words);
-  if (thread_index() == 0) store(shared.scratch, 0u);
+  const SendShared shared = SendShared::in(shared_memory(), s.num_ranks, l.num_words);
+  if (thread_index() == 0) store(&shared.ending->has_failed, 0u);
   shared.positions.clear_totals();
   shared.positions.clear();
   wait_for_previous_kernel();
-  const uint64_t epoch = load(&control_of(self, self.rank)->epoch);
-  const int slot = self.layout.slot_of(epoch);
+  // All of this is on its way together.
+  const Control* control = control_of(self, self.rank);
+  const uint64_t epoch = load(&control->epoch);
+  const uint64_t combined = lane() < kMaxDepth ? load(control->combined + lane()) : 0;
+  const int num_valid = static_cast<int>(count_valid(p));
+  const int num_items = num_valid * l.num_slices;
+  const Run run = Run::of(Share::of_grid(), num_items);
+  Sender<kEncoding, kX> sender{run.end - run.begin, Part::at(run.begin, l.num_slices), 0, {}};
+  sender.fetch(l);
   read_ranks(self, shared);
+  const int slot = self.layout.slot_of(epoch);
   sync_block();
   // While the first warps see to the slot, the others begin to list the tokens.
-  const int num_valid = static_cast<int>(count_valid(p));
   const int chunk = l.num_words * 32;
   const int first_end = static_cast<int>(min_of(chunk, num_valid));
   if (warp_index() == 0) {
-    take_slot(self, epoch, slot, shared);
+    take_slot(self, epoch, slot, shfl(combined, slot), shared);
   } else {
     mark_tokens(p, epoch, 0, first_end, kWarp, shared);
   }
+  if (sender.num_left > 0) {
+    sender.found = sender.next.whole;
+    sender.destinations = find_ranks(p, sender.found, shared);
+  }
   sync_block();
-  const bool is_ours = load(shared.scratch) == 0;
+  // From here on this kernel waits for no rank: the next one cannot keep out what it waits for.
+  const bool is_ready = is_short(num_items);
+  if (is_ready) let_next_kernel_start();
+  const bool is_ours = load(&shared.ending->has_failed) == 0;
   shared.positions.count();
   sync_block();
+#pragma unroll 1
   for (int begin = chunk; begin < num_valid; begin += chunk) {
     list_tokens(p, epoch, begin, static_cast<int>(min_of(begin + chunk, num_valid)), shared);
   }
+#pragma unroll 1
   for (int dst = thread_index(); dst < s.num_ranks; dst += num_threads()) {
     int base = 0;
+#pragma unroll 1
     for (int below = 0; below < dst; ++below) base += load(shared.positions.totals + below);
     store(shared.reply_base + dst, base);
     store(shared.num_sent + dst, load(shared.positions.totals + dst));
   }
   if (block_index() == 0) {
     int32_t* num_sent = in_workspace<int32_t>(self, slot, self.layout.num_sent);
+#pragma unroll 1
     for (int dst = thread_index(); dst < s.num_ranks; dst += num_threads()) {
       store(num_sent + dst, load(shared.positions.totals + dst));
     }
@@ -412,25 +360,21 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   // What the last rounds left in the outbox has long left it.
   if (kHasNetwork && self.layout.shape.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
-  int stage_index = 0;  // carries on from chunk to chunk: the last stage is still being read
-  if (is_ours && num_valid <= chunk) {
-    send_tokens<kEncoding, kX>(l, slot, 0, num_valid, shared, &stage_index);
-  } else if (is_ours) {
-    // More than the positions hold at once: a second walk over them.
-    shared.positions.clear_totals();
-    sync_block();
-    for (int begin = 0; begin < num_valid; begin += chunk) {
-      const int end = static_cast<int>(min_of(begin + chunk, num_valid));
-      list_tokens(p, epoch, begin, end, shared);
-      send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &stage_index);
+  if (num_valid > chunk) shared.positions.clear_totals();
+#pragma unroll 1
+  for (int begin = 0; is_ours && begin < num_valid; begin += chunk) {
+    const int end = static_cast<int>(min_of(begin + chunk, num_valid));
+    if (num_valid > chunk) {
+      // More than the positions hold at once: a second walk over them.
       sync_block();
+      list_tokens(p, epoch, begin, end, shared);
     }
+    send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &sender);
   }
   bulk_wait_all();
-  let_next_kernel_start();
-  if (is_last_block(self, Half::kDispatchSend, shared.scratch + 1)) {
-    announce(p, epoch, slot, shared);
-  }
+  if (!is_ready) let_next_kernel_start();
+  const uint32_t met = meet(self, Half::kDispatchSend, shared.ending);
+  if (met != 0) announce(p, epoch, slot, (met & kAnyFailed) != 0, shared);
 }
 
 template <Encoding kEncoding, Dtype kX>
@@ -439,8 +383,9 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   const int64_t unit = out_unit(kEncoding);
   const int64_t num_units = s.payload_bytes / unit;
   // The size of slice that is done soonest: an item costs its steps, and about one step for itself.
-  const int64_t num_steps = (num_units + kUnroll * kWarp - 1) / (kUnroll * kWarp);
-  const int64_t most_steps = kStageBytes / (kUnroll * kWarp * unit);
+  constexpr int64_t kStep = Fetched<kEncoding, kX>::kUnits;
+  const int64_t num_steps = (num_units + kStep - 1) / kStep;
+  const int64_t most_steps = kStageBytes / (kStep * unit);
   const int64_t num_warps = int64_t{num_sms} * kWarpsPerBlock;
   int64_t steps = 1, least = INT64_MAX;
   for (int64_t candidate = 1; candidate <= most_steps; ++candidate) {
@@ -454,12 +399,14 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   SendLaunch l;
   l.args = params;
   l.num_words = positions_words(params.num_tokens, s.num_ranks);
-  l.slice_units = static_cast<int>(steps * kUnroll * kWarp);
+  l.num_units = static_cast<int>(num_units);
+  l.slice_units = static_cast<int>(steps * kStep);
   l.num_slices = static_cast<int>((num_units + l.slice_units - 1) / l.slice_units);
   const int64_t num_items = params.num_tokens * l.num_slices;
-  const int num_blocks = static_cast<int>(num_items < 1 ? 1 : min_of(num_items, num_sms));
+  // So few that one block sends them before several would have told each other that they are done.
+  const int num_blocks = num_items <= kFewItems ? 1 : static_cast<int>(min_of(num_items, num_sms));
   launch(dispatch_send_kernel<kEncoding, kX>,
-         LaunchShape{num_blocks, kThreadsPerBlock, shared_bytes(s.num_ranks, l.num_words)},
+         LaunchShape{num_blocks, kThreadsPerBlock, SendShared::num_bytes(s.num_ranks, l.num_words)},
          l,
          stream);
 }

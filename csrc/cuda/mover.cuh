@@ -2,7 +2,7 @@
 // in flight.
 #pragma once
 
-#include "cuda/rank.cuh"
+#include "cuda/work.cuh"
 
 namespace moebius::cuda {
 
@@ -32,21 +32,13 @@ struct MoverShared {
 constexpr size_t kMoverSharedBytes =
     kWarpsPerBlock * (kMoverWarpBytes + kMoverStages * sizeof(Barrier));
 
-// Which warp of how many: of the grid, or of one block.
-struct Share {
-  int first, step;
-
-  MOEBIUS_DEVICE static Share of_grid() {
-    return {warp_index() * num_blocks() + block_index(), kWarpsPerBlock * num_blocks()};
-  }
-  MOEBIUS_DEVICE static Share of_block() { return {warp_index(), kWarpsPerBlock}; }
-};
-
 // Moves rows of `row_bytes` in windows of a stage: items are (row, window), dealt to the warps of
-// `share` in turn. `Rows` says what a row is; the whole warp calls:
-//   from(row)   where it lies, or null if it does not move
-//   begin(row)  before its stores
-//   to(n)       its n-th destination, or null past the last
+// `share`. `Rows` says what a row is; the whole warp calls:
+//   from(row)              where it lies, or null if it does not move
+//   begin(row, is_first)   before its stores, and before the wait for its bytes; is_first: its
+//                          first window is among them
+//   to(n)                  its n-th destination, or null past the last
+//   finish(is_first)       after the stores of a window
 // The whole warp calls start, which asks for the first rows, and run, which does the rest.
 template <class Rows>
 struct Mover {
@@ -58,26 +50,27 @@ struct Mover {
   uint32_t requested = 0;
   uint32_t served = 0;
   int num_windows = 0;
-  int num_items = 0;
-  int next = 0;
-  int item = -1;   // asked for and served next; -1: none
-  int ahead = -1;  // asked for after it
+  int num_left = 0;  // items not asked for
+  Part next = {0, 0};
+  Part item = {-1, 0};   // asked for and served next; whole -1: none
+  Part ahead = {-1, 0};  // asked for after it
 
-  MOEBIUS_DEVICE int64_t offset_of(int i) const { return int64_t{i % num_windows} * kStageBytes; }
-  MOEBIUS_DEVICE uint32_t bytes_of(int i) const {
-    return static_cast<uint32_t>(min_of(kStageBytes, row_bytes - offset_of(i)));
+  MOEBIUS_DEVICE static int64_t offset_of(const Part& p) { return int64_t{p.part} * kStageBytes; }
+  MOEBIUS_DEVICE uint32_t bytes_of(const Part& p) const {
+    return static_cast<uint32_t>(min_of(kStageBytes, row_bytes - offset_of(p)));
   }
   MOEBIUS_DEVICE std::byte* stage_of(uint32_t sequence) const {
     return shared.stages + sequence % kMoverStages * kStageBytes;
   }
 
-  // Finds the next item that moves and asks for it; -1 at the end.
-  MOEBIUS_DEVICE int request() {
-    for (; next < num_items; next += share.step) {
-      const std::byte* from = rows.from(next / num_windows);
+  // Finds the next item that moves and asks for it.
+  MOEBIUS_DEVICE Part request() {
+    while (num_left > 0) {
+      const Part found = next;
+      next.advance(num_windows);
+      --num_left;
+      const std::byte* from = rows.from(found.whole);
       if (from == nullptr) continue;
-      const int found = next;
-      next += share.step;
       warp_bulk_load(stage_of(requested),
                      from + offset_of(found),
                      bytes_of(found),
@@ -85,24 +78,26 @@ struct Mover {
       ++requested;
       return found;
     }
-    return -1;
+    return {-1, 0};
   }
 
   MOEBIUS_DEVICE void start(int num_rows) {
     static_assert(kMoverStages == 3, "one item is stored while two are on their way");
     num_windows = static_cast<int>((row_bytes + kStageBytes - 1) / kStageBytes);
-    num_items = num_rows * num_windows;
-    next = share.first;
+    const Run run = Run::of(share, num_rows * num_windows);
+    num_left = run.end - run.begin;
+    next = Part::at(run.begin, num_windows);
     bulk_wait_read<0>();  // of the list before
     item = request();
     ahead = request();
   }
 
   MOEBIUS_DEVICE void run() {
-    for (; item >= 0; ++served) {
+    for (int row = -1; item.whole >= 0; ++served) {
       bulk_wait_read<0>();  // the stage that is asked for next was stored from last
-      const int after = request();
-      rows.begin(item / num_windows);
+      const Part after = request();
+      const bool is_first = item.part == 0;
+      if (item.whole != row) rows.begin(row = item.whole, is_first);
       barrier_wait(shared.filled + served % kMoverStages, served / kMoverStages % 2);
       for (int n = 0;; ++n) {
         std::byte* to = rows.to(n);
@@ -110,6 +105,7 @@ struct Mover {
         warp_bulk_store(to + offset_of(item), stage_of(served), bytes_of(item));
       }
       bulk_commit();
+      rows.finish(is_first);
       item = ahead;
       ahead = after;
     }

@@ -15,14 +15,18 @@ constexpr int kGroupUnits = kScaleGroup / 8;  // of a group of channels: half a 
 // What a lane has of x at a time.
 template <Encoding kEncoding, Dtype kX>
 struct Fetched {
-  static constexpr int kVectors = kEncoding == Encoding::kQuantise && kX == Dtype::kFp32 ? 2 : 1;
-  Vec16 raw[kUnroll][kVectors];
+  static constexpr bool kQuantises = kEncoding == Encoding::kQuantise;
+  static constexpr int kVectors = kQuantises && kX == Dtype::kFp32 ? 2 : 1;
+  // Of a lane. What quantises is long, and few of it in turn are sooner done than many at once.
+  static constexpr int kPerLane = kQuantises ? kUnroll / 2 : kUnroll;
+  static constexpr int kUnits = kPerLane * kWarp;
+  Vec16 raw[kPerLane][kVectors];
 
-  // Units [base, base + kUnroll * kWarp), as far as they are below `end`.
+  // Units [base, base + kUnits), as far as they are below `end`.
   MOEBIUS_DEVICE void fetch(const std::byte* row, int base, int end) {
     const Vec16* x = reinterpret_cast<const Vec16*>(row);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kPerLane; ++u) {
       const int unit = base + u * kWarp + lane();
       for (int v = 0; v < kVectors; ++v) {
         raw[u][v] = Vec16{{0, 0, 0, 0}};
@@ -43,7 +47,7 @@ MOEBIUS_DEVICE void fill_stage(const Rank& self,
                                std::byte* stage,
                                float* scales) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < Fetched<kEncoding, kX>::kPerLane; ++u) {
     const int unit = base + u * kWarp + lane();
     std::byte* to = stage + (unit - begin) * out_unit(kEncoding);
     if constexpr (kEncoding == Encoding::kCopy) {

@@ -3,7 +3,7 @@
 // every block does, and none waits for another (DESIGN.md, I5).
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/rank.cuh"
 
 namespace moebius::cuda {
 
@@ -27,9 +27,11 @@ struct Positions {
   }
 
   MOEBIUS_DEVICE void clear_totals() const {
+#pragma unroll 1
     for (int c = thread_index(); c < num_columns; c += num_threads()) store(totals + c, 0);
   }
   MOEBIUS_DEVICE void clear() const {
+#pragma unroll 1
     for (int i = thread_index(); i < num_columns * num_words; i += num_threads()) {
       store(bits + i, 0u);
     }
@@ -40,16 +42,14 @@ struct Positions {
   }
   // A warp for each column: prefix sums over its words.
   MOEBIUS_DEVICE void count() const {
+#pragma unroll 1
     for (int c = warp_index(); c < num_columns; c += num_threads() / kWarp) {
       int base = load(totals + c);
+#pragma unroll 1
       for (int first = 0; first < num_words; first += kWarp) {
         const int w = first + lane();
         const int here = w < num_words ? popcount(load(bits + c * num_words + w)) : 0;
-        int sum = here;
-        for (int delta = 1; delta < kWarp; delta *= 2) {
-          const int below = shfl_up(sum, delta);
-          if (lane() >= delta) sum += below;
-        }
+        const int sum = scan_warp(here);
         if (w < num_words) store(before + c * num_words + w, base + sum - here);
         base += shfl(sum, kWarp - 1);
       }

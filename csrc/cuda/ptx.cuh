@@ -4,6 +4,9 @@
 #include <cuda_fp8.h>
 
 #define MOEBIUS_DEVICE __device__ __forceinline__
+// For what seldom runs, or only waits: a kernel with few rows mostly fetches instructions, and
+// these would stand between those that it needs.
+#define MOEBIUS_COLD __device__ __noinline__ inline
 #define MOEBIUS_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define MOEBIUS_PARAMS const __grid_constant__
 
@@ -79,6 +82,20 @@ MOEBIUS_DEVICE Vec16 load_stream(const Vec16* p) {
                : "l"(p));
   return v;
 #endif
+}
+// Kept in neither cache: what is written meanwhile, and read again soon, stays in the second one.
+MOEBIUS_DEVICE Vec16 load_last(const Vec16* p) {
+  Vec16 v;
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy;\n"
+      "}"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+      : "l"(p)
+      : "memory");
+  return v;
 }
 
 MOEBIUS_DEVICE uint32_t or_shared(uint32_t* p, uint32_t bits) { return atomicOr(p, bits); }
@@ -216,6 +233,10 @@ MOEBIUS_DEVICE void bulk_wait_all() {
 }
 MOEBIUS_DEVICE void fence_proxy_async() {
   if constexpr (kHasBulk) asm volatile("fence.proxy.async;" ::: "memory");
+}
+// The other waits for all earlier stores of the thread to global memory, as a fence does.
+MOEBIUS_DEVICE void fence_proxy_async_shared() {
+  if constexpr (kHasBulk) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #if !defined(MOEBIUS_NVSHMEM)

@@ -12,12 +12,24 @@ namespace moebius::cuda {
 constexpr int kWarpsPerBlock = 2;
 constexpr int kUnroll = 2;  // 16-byte vectors that a lane has in flight
 constexpr int kStageBytes = 1024;
+constexpr int kFewItems = 2;  // that a grid of one block does
 #else
 constexpr int kWarpsPerBlock = 16;
 constexpr int kUnroll = 4;
 constexpr int kStageBytes = 4096;
+constexpr int kFewItems = 16;
 #endif
 constexpr int kThreadsPerBlock = kWarpsPerBlock * kWarp;
+
+// The sum of what the lanes up to this one have.
+MOEBIUS_DEVICE int scan_warp(int value) {
+#pragma unroll
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    const int below = shfl_up(value, delta);
+    if (lane() >= delta) value += below;
+  }
+  return value;
+}
 
 // The lane of the lowest bit.
 MOEBIUS_DEVICE int lowest(uint32_t bits) { return popcount((bits & (0u - bits)) - 1); }
@@ -77,15 +89,15 @@ MOEBIUS_DEVICE void record(const Rank& self, Half half, const Fault& fault) {
 }
 
 // Notes why round `epoch` is lost, if nobody has yet; the last block acts on it. Returns false.
-MOEBIUS_DEVICE bool fail(const Rank& self,
-                         uint64_t epoch,
-                         FaultKind kind,
-                         Reason reason,
-                         int rank,
-                         int via,
-                         uint64_t expected,
-                         uint64_t word,
-                         uint64_t waited_ns) {
+MOEBIUS_COLD bool fail(const Rank& self,
+                       uint64_t epoch,
+                       FaultKind kind,
+                       Reason reason,
+                       int rank,
+                       int via,
+                       uint64_t expected,
+                       uint64_t word,
+                       uint64_t waited_ns) {
   Failure& failure = self.state->failures[self.layout.slot_of(epoch)];
   if (exchange_max_gpu(&failure.claimed, epoch + 1) == epoch + 1) return false;
   Fault& f = failure.fault;
@@ -135,34 +147,28 @@ MOEBIUS_DEVICE bool is_given_up(const Rank& self, uint64_t epoch) {
   return load_relaxed_sys(&failure.claimed) == epoch + 1;
 }
 
-// The only spin of the engine. Returns once the word of `awaited_epoch` is there, and false once it
-// will not come: then round `epoch` is lost.
-MOEBIUS_DEVICE bool poll(const Rank& self,
-                         int src,
-                         SignalKind kind,
-                         uint64_t awaited_epoch,
-                         uint64_t epoch,
-                         uint64_t* word) {
+// The only spin of the engine. The word of `awaited_epoch` once it is there; what is there instead
+// once it will not come: then round `epoch` is lost.
+MOEBIUS_COLD uint64_t
+spin(const Rank& self, int src, SignalKind kind, uint64_t awaited_epoch, uint64_t epoch) {
   const uint64_t* awaited =
       signal_at(self, self.rank, self.layout.slot_of(awaited_epoch), src, kind);
-  // Pairs with [arrived] in the kernels that send: what the signal announces can be read from here.
-  *word = load_acquire_sys(awaited);
-  if (signal_arrived(*word, awaited_epoch)) return true;
+  uint64_t word = 0;
   // Blocks that run one after the other do not wait for a deadline each.
-  if (is_given_up(self, epoch)) return false;
+  if (is_given_up(self, epoch)) return word;
   const uint64_t timeout = static_cast<uint64_t>(self.timeout_ns);
   const uint64_t start = now_ns();
   const uint64_t look_ns = min_of(static_cast<int64_t>(kLookNs), self.timeout_ns / 4 + 1);
   uint64_t deadline = start + timeout;
   uint64_t next_look = start + look_ns;
   for (;;) {
-    *word = load_acquire_sys(awaited);
-    if (signal_arrived(*word, awaited_epoch)) return true;
+    word = load_acquire_sys(awaited);
+    if (signal_arrived(word, awaited_epoch)) return word;
     relax();
     const uint64_t now = now_ns();
     if (now < next_look && now < deadline) continue;
     next_look = now + look_ns;
-    if (is_given_up(self, epoch)) return false;
+    if (is_given_up(self, epoch)) return word;
     // For those who wait for us: whom we wait for. Any block: the others may not have begun.
     const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
     store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
@@ -175,28 +181,29 @@ MOEBIUS_DEVICE bool poll(const Rank& self,
     const bool is_refused = is_refused_by(self, src);
     if (!is_refused && now < deadline) continue;
     // It may have signalled as its last act.
-    *word = load_acquire_sys(awaited);
-    if (signal_arrived(*word, awaited_epoch)) return true;
-    const int via = culprit == src ? -1 : src;
-    return is_refused ? fail(self,
-                             epoch,
-                             FaultKind::kTimeout,
-                             Reason::kReported,
-                             self.rank,
-                             src,
-                             awaited_epoch,
-                             *word,
-                             now - start)
-                      : fail(self,
-                             epoch,
-                             FaultKind::kTimeout,
-                             Reason::kDeadline,
-                             culprit,
-                             via,
-                             awaited_epoch,
-                             *word,
-                             now - start);
+    word = load_acquire_sys(awaited);
+    if (signal_arrived(word, awaited_epoch)) return word;
+    const Reason reason = is_refused ? Reason::kReported : Reason::kDeadline;
+    const int rank = is_refused ? self.rank : culprit;
+    const int via = is_refused || culprit != src ? src : -1;
+    const uint64_t waited_ns = now - start;
+    fail(self, epoch, FaultKind::kTimeout, reason, rank, via, awaited_epoch, word, waited_ns);
+    return word;
   }
+}
+
+// Waits for the word of `awaited_epoch`; false if it will not come: then round `epoch` is lost.
+MOEBIUS_DEVICE bool poll(const Rank& self,
+                         int src,
+                         SignalKind kind,
+                         uint64_t awaited_epoch,
+                         uint64_t epoch,
+                         uint64_t* word) {
+  // Pairs with [arrived] in the kernels that send: what the signal announces can be read from here.
+  *word =
+      load_acquire_sys(signal_at(self, self.rank, self.layout.slot_of(awaited_epoch), src, kind));
+  if (!signal_arrived(*word, awaited_epoch)) *word = spin(self, src, kind, awaited_epoch, epoch);
+  return signal_arrived(*word, awaited_epoch);
 }
 
 // Waits for the signal of `src` in round `epoch`; its count, or -1 when the round is lost.
@@ -230,23 +237,42 @@ await_count(const Rank& self, int src, SignalKind kind, uint64_t epoch, int64_t*
   return -1;
 }
 
-// Whether the block is the last of its kernel to come here. All threads call; what every thread of
-// every block has written before is then visible to the last block.
-MOEBIUS_DEVICE bool is_last_block(const Rank& self, Half half, uint32_t* scratch) {
-  sync_block();
-  if (thread_index() == 0) {
-    uint32_t* num_done = &self.state->num_done[static_cast<int>(half)];
-    // Release of this block's writes, acquire of those of the blocks before. [all-done]
-    const bool is_last = add_acq_rel_gpu(num_done, 1) == static_cast<uint32_t>(num_blocks()) - 1;
-    if (is_last) store(num_done, 0u);
-    store(scratch, is_last ? 1u : 0u);
-  }
-  sync_block();
-  return load(scratch) != 0;
+// Of a block, in shared memory: how its kernel ends.
+struct Ending {
+  uint32_t has_failed;  // a wait of this block is over without success
+  uint32_t met;         // of these bits:
+};
+constexpr uint32_t kIsLast = 1;  // the last block of the kernel, which sees what all have written
+constexpr uint32_t kAnyFailed = 2;         // and one of them has failed
+constexpr uint32_t kOneFailed = 1u << 16;  // in num_done, above the number of blocks
+
+// One thread, after a block barrier: the block is done with what the last block waits for. The
+// block may read `met` after the next barrier.
+MOEBIUS_DEVICE void arrive(const Rank& self, Half half, Ending* ending) {
+  uint32_t* num_done = &self.state->num_done[static_cast<int>(half)];
+  const uint32_t mine = 1 + (load(&ending->has_failed) != 0 ? kOneFailed : 0);
+  // Release of this block's writes, acquire of those of the blocks before. [all-done]
+  const uint32_t all = add_acq_rel_gpu(num_done, mine) + mine;
+  const bool is_last = all % kOneFailed == static_cast<uint32_t>(num_blocks());
+  if (is_last) store(num_done, 0u);
+  store(&ending->met, is_last ? kIsLast | (all >= kOneFailed ? kAnyFailed : 0) : 0u);
 }
 
+// All threads: ends the block's part of the kernel; `met`.
+MOEBIUS_DEVICE uint32_t meet(const Rank& self, Half half, Ending* ending) {
+  sync_block();
+  if (num_blocks() == 1) return kIsLast | (load(&ending->has_failed) != 0 ? kAnyFailed : 0);
+  if (thread_index() == 0) arrive(self, half, ending);
+  sync_block();
+  return load(&ending->met);
+}
+
+// The thread that keeps the books at the end of a kernel, while the first ones do what others wait
+// for. It has the least else to do.
+MOEBIUS_DEVICE bool is_bookkeeper() { return thread_index() == num_threads() - 1; }
+
 // Last block, all threads: gives round `epoch` up and tells whoever may wait for it.
-MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
+MOEBIUS_COLD void lose(const Rank& self, Half half, uint64_t epoch) {
   const int slot = self.layout.slot_of(epoch);
   const Fault& noted = self.state->failures[slot].fault;
   const int culprit = load(&noted.rank);
@@ -285,7 +311,7 @@ MOEBIUS_DEVICE void lose(const Rank& self, Half half, uint64_t epoch) {
   record(self, half, fault);
 }
 
-// Whether a wait of the running kernel has failed. For the last block.
+// Whether anything failed in the running kernel. For the last block.
 MOEBIUS_DEVICE bool has_failed(const Rank& self, uint64_t epoch) {
   const int slot = self.layout.slot_of(epoch);
   return load(&self.state->failures[slot].claimed) == epoch + 1;
@@ -299,6 +325,14 @@ struct Begun {
   bool is_stale;  // its memory serves a later round: nothing may be touched
 };
 
+MOEBIUS_COLD void record_stale(const Rank& self, Half half, uint64_t epoch, uint64_t next) {
+  Fault fault;
+  fault.kind = FaultKind::kStale;
+  fault.epoch = epoch;
+  fault.expected = next;
+  record(self, half, fault);
+}
+
 MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half half) {
   Begun begun;
   begun.epoch = load(handle);
@@ -308,18 +342,13 @@ MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half h
   const uint64_t depth = static_cast<uint64_t>(self.layout.shape.depth);
   begun.is_stale = begun.epoch >= next || next - begun.epoch > depth;
   if (begun.is_stale && block_index() == 0 && thread_index() == 0) {
-    Fault fault;
-    fault.kind = FaultKind::kStale;
-    fault.epoch = begun.epoch;
-    fault.expected = next;
-    record(self, half, fault);
+    record_stale(self, half, begun.epoch, next);
   }
   return begun;
 }
 
-// Last block: nobody waits here any more.
+// Last block, one thread: nobody waits here any more.
 MOEBIUS_DEVICE void clear_awaiting(const Rank& self) {
-  if (thread_index() != 0) return;
   uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
   if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
 }

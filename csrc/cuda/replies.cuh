@@ -12,7 +12,7 @@ struct ReplyShared {
   int32_t* order;       // [R] the sources that are answered
   int32_t* first_cell;  // [R + 1] cells of the sources before, in this order
   int32_t* counts;
-  uint32_t* scratch;
+  Ending* ending;
 
   enum { kNumSources, kNumDirect, kNumRows, kNumCounts };  // of `counts`; rows: see count_rows
 
@@ -23,7 +23,7 @@ struct ReplyShared {
     shared.order = reinterpret_cast<int32_t*>(at);
     shared.first_cell = shared.order + num_ranks;
     shared.counts = shared.first_cell + num_ranks + 1;
-    shared.scratch = reinterpret_cast<uint32_t*>(shared.counts + kNumCounts);
+    shared.ending = reinterpret_cast<Ending*>(shared.counts + kNumCounts);
     return shared;
   }
   static size_t num_bytes(bool has_mover, int num_ranks) {
@@ -36,23 +36,34 @@ struct ReplyShared {
   MOEBIUS_DEVICE int cells_before(int i) const { return load(first_cell + i); }
 };
 
-// By one thread.
+// By the first warp.
 MOEBIUS_DEVICE void order_sources(const Rank& self, int slot, const ReplyShared& shared) {
   const int num_ranks = self.layout.shape.num_ranks;
   const int32_t* num_received = in_workspace<int32_t>(self, slot, self.layout.num_received);
   int n = 0, sum = 0;
-  store(shared.first_cell, 0);
   const auto append = [&](bool wants_remote) {
-    for (int src = 0; src < num_ranks; ++src) {
-      if (is_masked(self, src) || is_remote(self, src) != wants_remote) continue;
-      sum += load(num_received + src);
-      store(shared.order + n, src);
-      store(shared.first_cell + ++n, sum);
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += kWarp) {
+      const int src = first + lane();
+      const int num_cells = src < num_ranks ? load(num_received + src) : 0;
+      const bool is_one = src < num_ranks && !is_masked(self, src) &&
+                          (!kHasNetwork || is_remote(self, src) == wants_remote);
+      const uint32_t which = ballot(is_one);
+      const int up_to = scan_warp(is_one ? num_cells : 0);
+      if (is_one) {
+        const int at = n + popcount(which & ((1u << lane()) - 1));
+        store(shared.order + at, src);
+        store(shared.first_cell + at + 1, sum + up_to);
+      }
+      n += popcount(which);
+      sum += shfl(up_to, kWarp - 1);
     }
   };
   append(false);
-  store(shared.counts + ReplyShared::kNumDirect, n);
+  if (lane() == 0) store(shared.counts + ReplyShared::kNumDirect, n);
   if (kHasNetwork) append(true);
+  if (lane() != 0) return;
+  store(shared.first_cell, 0);
   store(shared.counts + ReplyShared::kNumSources, n);
   store(shared.counts + ReplyShared::kNumRows, 0);
 }
@@ -76,8 +87,16 @@ MOEBIUS_DEVICE int32_t reply_row(const Rank& self, const std::byte* cell) {
 }
 
 MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const ReplyShared& shared) {
-  int i = 0;
-  while (shared.cells_before(i + 1) <= number) ++i;  // ranks are few
+  // The last source that begins at or before it.
+  int i = 0, end = shared.num_sources();
+  while (end - i > 1) {
+    const int middle = (i + end) / 2;
+    if (shared.cells_before(middle) <= number) {
+      i = middle;
+    } else {
+      end = middle;
+    }
+  }
   const int index = number - shared.cells_before(i);
   Reply r;
   r.src = load(shared.order + i);
@@ -132,6 +151,7 @@ MOEBIUS_DEVICE void post_replies(const CombineSendParams& p,
   const auto outbox = [&](int unit) {
     return self.heap + layout.outbox_reply(unit - wave.outbox_begin);
   };
+#pragma unroll 1
   for (int i = shared.num_direct() + warp_index(); i < shared.num_sources(); i += kWarpsPerBlock) {
     const int dst = load(shared.order + i);
     const int first = shared.cells_before(i), last = shared.cells_before(i + 1);
@@ -156,6 +176,7 @@ MOEBIUS_DEVICE void post_replies(const CombineSendParams& p,
       }
       continue;
     }
+#pragma unroll 1
     for (int unit = begin; unit < end; ++unit) {
       const Reply r = find_reply(self, begun.slot, unit / choices, shared);
       if (r.row < 0 || expert_row(p, begun.slot, r, unit % choices) == nullptr) continue;

@@ -3,60 +3,82 @@
 #pragma once
 
 #include "cuda/numbers.cuh"
-#include "cuda/rank.cuh"
+#include "cuda/work.cuh"
 
 namespace moebius::cuda {
-
-// out[v] = sum over the lanes in `which`, ascending, of weight * row[v], for the 16-byte vectors
-// [begin, end) of a row. `row` and `weight` are this lane's. The whole warp calls.
-template <Dtype kDtype, bool kHasWeights>
-MOEBIUS_DEVICE void sum_rows(
-    std::byte* out, const std::byte* row, float weight, uint32_t which, int begin, int end) {
-  constexpr int kCount = Numbers<kDtype>::kCount;
-  float sums[kUnroll][kCount];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) sums[u][c] = 0.0f;
-  }
-  // Two rows are on their way at a time.
-  const auto fetch = [&](uint32_t rest, Vec16* raw) {
-    const auto* vectors = reinterpret_cast<const Vec16*>(shfl(row, lowest(rest) & (kWarp - 1)));
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int v = begin + u * kWarp + lane();
-      raw[u] = Vec16{{0, 0, 0, 0}};
-      if (rest != 0 && v < end) raw[u] = load(vectors + v);
-    }
-  };
-  Vec16 ahead[kUnroll];
-  fetch(which, ahead);
-  for (uint32_t rest = which; rest != 0; rest &= rest - 1) {
-    const float w = kHasWeights ? shfl(weight, lowest(rest)) : 1.0f;
-    Vec16 raw[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];
-    fetch(rest & (rest - 1), ahead);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float f[kCount];
-      Numbers<kDtype>::widen(raw[u], f);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        sums[u][c] = add(sums[u][c], kHasWeights ? mul(f[c], w) : f[c]);
-      }
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int v = begin + u * kWarp + lane();
-    if (v < end) store(reinterpret_cast<Vec16*>(out) + v, Numbers<kDtype>::narrow(sums[u]));
-  }
-}
 
 // Slices of a row, for a warp each; few rows are then spread over many warps.
 MOEBIUS_HD constexpr int num_slices(int64_t row_bytes) {
   return static_cast<int>((row_bytes / 16 + kUnroll * kWarp - 1) / (kUnroll * kWarp));
+}
+
+// One sum: out[v] = sum over the lanes in `which`, ascending, of weight * row[v], for the 16-byte
+// vectors [begin, end) of a row.
+struct Sum {
+  std::byte* out;
+  const std::byte* row;  // of this lane
+  float weight;          // of this lane
+  uint32_t which;
+  int begin, end;
+};
+
+// This lane's vectors of the row of lane `from`; zeros if `is_empty`.
+MOEBIUS_DEVICE void fetch_row(const Sum& sum, int from, bool is_empty, Vec16* raw) {
+  const auto* vectors = reinterpret_cast<const Vec16*>(shfl(sum.row, from));
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int v = sum.begin + u * kWarp + lane();
+    raw[u] = Vec16{{0, 0, 0, 0}};
+    if (!is_empty && v < sum.end) raw[u] = load_last(vectors + v);
+  }
+}
+
+// All sums that `items.next(&sum)` gives until it is false. While a row is added, the next one is
+// on its way, be it of the next sum. The whole warp calls.
+template <Dtype kDtype, bool kHasWeights, class Items>
+MOEBIUS_DEVICE void sum_rows(Items& items) {
+  constexpr int kCount = Numbers<kDtype>::kCount;
+  Sum sum, after;
+  if (!items.next(&sum)) return;
+  Vec16 ahead[kUnroll];
+  fetch_row(sum, lowest(sum.which) & (kWarp - 1), sum.which == 0, ahead);
+  for (bool is_more = true; is_more; sum = after) {
+    is_more = items.next(&after);
+    float sums[kUnroll][kCount];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sums[u][c] = 0.0f;
+    }
+    uint32_t rest = sum.which;
+    do {
+      const float w = kHasWeights ? shfl(sum.weight, lowest(rest) & (kWarp - 1)) : 1.0f;
+      rest &= rest - 1;
+      Vec16 raw[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];
+      if (rest != 0) {
+        fetch_row(sum, lowest(rest), false, ahead);
+      } else if (is_more) {
+        fetch_row(after, lowest(after.which) & (kWarp - 1), after.which == 0, ahead);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        float f[kCount];
+        Numbers<kDtype>::widen(raw[u], f);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) {
+          sums[u][c] = add(sums[u][c], kHasWeights ? mul(f[c], w) : f[c]);
+        }
+      }
+    } while (rest != 0);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int v = sum.begin + u * kWarp + lane();
+      if (v < sum.end)
+        store(reinterpret_cast<Vec16*>(sum.out) + v, Numbers<kDtype>::narrow(sums[u]));
+    }
+  }
 }
 
 }  // namespace moebius::cuda

@@ -11,6 +11,7 @@
 #include "simt/operations.h"
 
 #define MOEBIUS_DEVICE inline
+#define MOEBIUS_COLD inline
 #define MOEBIUS_KERNEL(max_threads) void
 #define MOEBIUS_PARAMS const
 
@@ -77,6 +78,7 @@ void store(T* p, T v) {
   static_assert(kIsAccess<T>, "1, 2, 4, 8 or 16 bytes");
   simt::write(p, sizeof v, &v);
 }
+inline Vec16 load_last(const Vec16* p) { return load(p); }
 inline Vec16 load_stream(const Vec16* p) {
   Vec16 v;
   simt::read_constant(p, sizeof v, &v);
@@ -175,7 +177,8 @@ inline void bulk_wait_all(simt::Site site = simt::Site::here()) {
   simt::bulk_wait(0, true, site);
   simt::sync_warp(site);
 }
-inline void fence_proxy_async() { simt::fence_proxy(); }
+inline void fence_proxy_async() { simt::fence_proxy(true); }
+inline void fence_proxy_async_shared() { simt::fence_proxy(false); }
 
 constexpr bool kHasNetwork = true;
 inline void warp_put_signal(int dst,

@@ -229,10 +229,10 @@ void fence_sys() {
   by.fence = publish(by, true, nullptr);
 }
 
-void fence_proxy() {
+void fence_proxy(bool is_global) {
   touch();
   Thread& by = *current;
-  by.proxied = by.seen;
+  if (is_global) by.proxied = by.seen;
   by.num_fenced = by.num_stores;
   by.fenced.insert(by.fenced.end(), by.unfenced.begin(), by.unfenced.end());
   by.unfenced.clear();

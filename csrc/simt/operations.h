@@ -33,7 +33,8 @@ void write_word(void* p, size_t n, const void* data, Order order);
 void begin_update(void* p, size_t n, Order order, Scope scope);
 void end_update(void* p, size_t n, const void* data, Order order, Scope scope);
 void fence_sys();
-void fence_proxy();
+// With or without what bulk copies of this thread may read of global memory.
+void fence_proxy(bool is_global);
 
 // What `by` knows becomes known to those that acquire the result.
 const Release* publish(Thread& by, bool is_sys, const Release* sequence);

@@ -1,0 +1,49 @@
+// How the work of a kernel is dealt to its warps.
+#pragma once
+
+#include "cuda/rank.cuh"
+
+namespace moebius::cuda {
+
+// Which warp of how many: of the grid, or of one block.
+struct Share {
+  int first, num_warps;
+
+  MOEBIUS_DEVICE static Share of_grid() {
+    return {warp_index() * num_blocks() + block_index(), kWarpsPerBlock * num_blocks()};
+  }
+  MOEBIUS_DEVICE static Share of_block() { return {warp_index(), kWarpsPerBlock}; }
+};
+
+// The items of [0, n) that a warp does. They are neighbours: what they have in common is found out
+// once. Few items are spread over all blocks.
+struct Run {
+  int begin, end;
+
+  MOEBIUS_DEVICE static Run of(const Share& share, int n) {
+    const int each = n / share.num_warps, rest = n - each * share.num_warps;
+    const int begin = share.first * each + static_cast<int>(min_of(share.first, rest));
+    return {begin, begin + each + (share.first < rest ? 1 : 0)};
+  }
+};
+
+// A part of something that has `num_parts`.
+struct Part {
+  int whole, part;
+
+  MOEBIUS_DEVICE static Part at(int number, int num_parts) {
+    const int whole = number / num_parts;
+    return {whole, number - whole * num_parts};
+  }
+  MOEBIUS_DEVICE void advance(int num_parts) {
+    if (++part < num_parts) return;
+    part = 0;
+    ++whole;
+  }
+};
+
+// Whether a warp has one item at most: then the kernel is over as soon as it has begun, and the
+// next one had better stand ready. The blocks of larger ones would be in its way, and it in theirs.
+MOEBIUS_DEVICE bool is_short(int num_items) { return num_items <= kWarpsPerBlock * num_blocks(); }
+
+}  // namespace moebius::cuda
