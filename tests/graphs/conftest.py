@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,6 @@ import torch
 from moebius import NativeNotBuiltError, native
 
 FOLDER = Path(__file__).parent
-
-# Before CUDA starts: streams that share a hardware queue run in turn, and virtual ranks wait for one another.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def why_not() -> str:

@@ -1,9 +1,9 @@
 """Virtual ranks of one device, each with a stream of its own, driven by one thread.
 
 A half on one stream may wait for a half that the thread has yet to enqueue on another. That is fine as long as nothing
-in between waits for the device, and three things do: the first use of a kernel (it is loaded then), memory that the
-allocator has yet to ask CUDA for, and streams that share a hardware queue (see conftest). `primed` does the first two
-ahead, with a rank that has nobody to wait for.
+in between waits for the device, and three things do: the first use of a kernel (it is loaded then) and streams that
+share a hardware queue (see tests/conftest.py for both), and memory that the allocator has yet to ask CUDA for, which
+`_prime` does ahead, with a rank that has nobody to wait for.
 """
 
 from __future__ import annotations

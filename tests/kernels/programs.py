@@ -68,7 +68,10 @@ def memory_after(group: Any, config: Config, times: int) -> tuple[int, int]:
     for _ in range(times):
         AllToAll(group, config, device).close()
         torch.cuda.empty_cache()
+        # Ranks may share a device: what is free is measured when none of them has an object.
+        torch.distributed.barrier(group)
         free.append(torch.cuda.mem_get_info(device)[0])
+        torch.distributed.barrier(group)
     return free[1], free[-1]
 
 
