@@ -21,8 +21,10 @@ from moebius.bench.cuda.schedules import (
     BY_HALF,
     BY_OP,
     CHAINED,
+    CHAINED_DISPATCH,
     HALVES,
     LOCKSTEP,
+    OPS,
     Schedule,
     eager_samples,
     graph_samples,
@@ -69,6 +71,13 @@ def test_a_round_is_the_mean_of_a_chain() -> None:
     for schedule in (CHAINED, LOCKSTEP):
         assert graph_samples(device, exchange, schedule, rounds=5, replays=3) == {"round": [20.0] * 3}
         assert eager_samples(device, exchange, schedule, rounds=5, repeats=2) == {"round": [20.0] * 2}
+
+
+def test_dispatch_is_chained_alone() -> None:
+    exchange = Recorder(COSTS)
+    device = HostDevice(2, exchange.clock)
+    assert graph_samples(device, exchange, CHAINED_DISPATCH, rounds=5, replays=3) == {"dispatch": [6.0] * 3}
+    assert {half for _, half, _ in exchange.steps} == set(OPS["dispatch"])
 
 
 def test_stamps_tell_operations_and_halves_apart() -> None:
@@ -172,6 +181,8 @@ def measured(scale: float = 1.0, *, with_torch: bool = True) -> Measured:
     samples = {
         ("moebius", "graph", "chained", "round"): [10.0 * scale, 11.0 * scale, 12.0 * scale],
         ("moebius", "graph", "by_op", "dispatch"): [6.0 * scale] * 3,
+        ("moebius", "graph", "by_op", "combine"): [7.0 * scale] * 3,
+        ("moebius", "graph", "chained", "dispatch"): [5.0 * scale] * 3,
     }
     if with_torch:
         samples |= {("torch", "graph", "lockstep", "round"): [44.0, 44.0]}
@@ -181,7 +192,7 @@ def measured(scale: float = 1.0, *, with_torch: bool = True) -> Measured:
 
 
 def test_rows_stand_beside_their_baseline() -> None:
-    first, second = point_rows(Point("decode", BASE), [measured()], None)
+    first, second, *_ = point_rows(Point("decode", BASE), [measured()], None)
     assert set(COLUMNS) <= first.keys()
     assert (first["op"], first["p50_us"], first["baseline_p50_us"], first["speedup"]) == ("round", 11.0, 44.0, 4.0)
     assert (second["op"], second["baseline_p50_us"]) == ("dispatch", 10.0)  # both halves of each round, added
@@ -205,7 +216,7 @@ def test_fits_keep_shapes_apart() -> None:
         rows += point_rows(Point("decode", work), [measured(1.0 + tokens)], None)
     found = fits(rows)
     assert {(fit["op"], fit["dtype"]) for fit in found} == {
-        (op, dtype) for op in ("round", "dispatch") for dtype in ("bf16", "fp8_e4m3")
+        (op, dtype) for op in ("round", "dispatch", "combine") for dtype in ("bf16", "fp8_e4m3")
     }
     one = next(fit for fit in found if fit["op"] == "round")
     assert (one["fixed_us"], one["slope_us"], one["bound_slope_us"]) == (pytest.approx(11.0), pytest.approx(11.0), None)
@@ -270,9 +281,13 @@ def test_goals_are_named_with_what_was_measured() -> None:
         rows += point_rows(
             Point("decode", dataclasses.replace(BASE, tokens=tokens, payload="bf16")), [measured()], None
         )
-    rows[-1]["times_bound"] = 1.6
+    last = {(row["schedule"], row["op"]): row for row in rows[-len(rows) // 3 :]}
+    last["chained", "dispatch"] |= {"p50_us": 8.0, "times_bound": 1.6, "bound_us": 5.0}
+    last["chained", "round"]["p50_us"] = 11.0
+    last["by_op", "combine"]["bound_us"] = 2.5
     found = {one["what"]: one for one in goals(result(rows))}
-    assert not found["dispatch, T=128, bf16: times the bound"]["reached"]
+    assert not found["dispatch, T=128, bf16, in a chain: times the bound"]["reached"]
+    assert found["combine, T=128, bf16, the round less that: times the bound"]["value"] == 1.2
     assert found["round in a graph, T=1, bf16"]["value"] == 11.0
     assert found["host time of a round's calls, bf16"]["reached"]
 

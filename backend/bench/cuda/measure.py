@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from moebius.bench.timing import quiet_gc
 from moebius.bench.workload import count_rows, route
 from moebius.errors import PeerTimeoutError
 
-from .schedules import BY_HALF, BY_OP, CHAINED, LOCKSTEP, Schedule, eager_samples, graph_samples
+from .schedules import BY_HALF, BY_OP, CHAINED, CHAINED_DISPATCH, LOCKSTEP, Schedule, eager_samples, graph_samples
 from .suites import Counts, Point, counts
 from .torch_exchange import TorchExchange
 from .traffic import half_bytes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 2.0
 MOST_HUNG = 2
+PLAIN_SHARE = 4  # of our repetitions are torch's, whose rounds are ten times as long
 HOST_ROUNDS = 12  # behind one gate
 HOST_REPEATS = 20
 FRAME = Schedule("frame", (("frame", ("frame",)),))
@@ -140,6 +142,12 @@ class Bench:
 
     def _torch(self, point: Point, found: Measured, many: Counts) -> None:
         with self.world(point) as world:
+            many = dataclasses.replace(
+                many,
+                rounds=max(2, many.rounds // PLAIN_SHARE),
+                replays=max(8, many.replays // PLAIN_SHARE),
+                eager_repeats=max(4, many.eager_repeats // PLAIN_SHARE),
+            )
             plain = TorchExchange(self._device, world.config, world.inputs, world.host_routes, world.expert_out)
             for mode in point.modes:
                 _collect(found, "torch", mode, BY_HALF, self._samples(plain, mode, BY_HALF, many))
@@ -153,6 +161,21 @@ class Bench:
     def frame_us(self) -> list[float]:
         """What a stamped frame costs without us: a fork, one small kernel a lane, a join. In a graph."""
         return graph_samples(self._device, _Nothing(self._device), FRAME, 20, 20, self._before)["frame"]
+
+    def launch_us(self) -> float:
+        """Host time of the smallest call of torch that launches a kernel, at the median: what this host is worth."""
+        device, found = self._device, list[float]()
+        word = torch.zeros(1, device=device.where)
+        with quiet_gc(), device.main():
+            for _ in range(HOST_REPEATS + 1):
+                device.synchronize()
+                device.gate(TIMEOUT_S / 100)
+                for _ in range(HOST_ROUNDS):
+                    begin = perf_counter_ns()
+                    word.add_(1.0)
+                    found.append((perf_counter_ns() - begin) / 1e3)
+            device.synchronize()
+        return sorted(found)[len(found) // 2]
 
     def host_us(self, point: Point) -> dict[str, list[float]]:
         """Host time of the calls of a round, half by half, while the device is busy. For a point of one rank."""
@@ -184,7 +207,7 @@ def schedules_of(point: Point, are_resident: bool) -> tuple[Schedule, ...]:
         return LOCKSTEP, BY_HALF
     if point.section == "sms":
         return CHAINED, LOCKSTEP, BY_HALF
-    return CHAINED, BY_OP, BY_HALF
+    return CHAINED, CHAINED_DISPATCH, BY_OP, BY_HALF
 
 
 class _Nothing:

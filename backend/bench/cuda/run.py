@@ -208,6 +208,7 @@ def _single_rank(options: CudaOptions, make_device: Callable[[int], Device], fou
         bench = _virtual(options, make_device, 1)
         try:
             point = Point("host", workload)
+            extra.setdefault("torch_launch_us", round(bench.launch_us(), 3))
             times = bench.host_us(point)
             extra.setdefault("host_us", {})[payload] = {
                 name: {"p50_us": _percentile(values, 0.5), "p99_us": _percentile(values, 0.99), "samples": len(values)}

@@ -5,6 +5,8 @@ combined is closed by the next but one, which waits for all ranks inside its sen
 
 - `CHAINED`: one fork, many rounds, one join; each rank runs its rounds back to back on its own stream, as ranks on
   GPUs of their own would. The time of a round is that of the whole over the number of rounds, fork and join included.
+- `CHAINED_DISPATCH`: the same with dispatches that nobody combines. Each then waits, inside its send, until all ranks
+  have begun the one `depth` later, so this is dispatch and a barrier: never less than dispatch alone.
 - `BY_OP`: all ranks dispatch from a common start to a join, then all combine. A stamp at each join. What is
   between two stamps is an operation, and one fork and join (`frame`, measured alone beside it).
 - `BY_HALF`: a join after each half. Every receive then finds all that it waits for, so this is the cost of the
@@ -48,11 +50,13 @@ class Schedule:
         name: as results call it.
         frames: of one round: the halves that run from a fork to a join, and what to call the time they take.
         is_chained: all rounds are one frame.
+        whole: what a sample is the time of, without stamps.
     """
 
     name: str
     frames: tuple[tuple[str, tuple[str, ...]], ...]
     is_chained: bool = False
+    whole: str = "round"
 
     @property
     def is_stamped(self) -> bool:
@@ -61,6 +65,7 @@ class Schedule:
 
 
 CHAINED = Schedule("chained", (("", HALVES),), is_chained=True)
+CHAINED_DISPATCH = Schedule("chained", (("", OPS["dispatch"]),), is_chained=True, whole="dispatch")
 LOCKSTEP = Schedule("lockstep", tuple(("", (half,)) for half in HALVES))
 BY_OP = Schedule("by_op", tuple(OPS.items()))
 BY_HALF = Schedule("by_half", tuple((half, (half,)) for half in HALVES))
@@ -96,10 +101,10 @@ def play(device: Device, exchange: Exchange, schedule: Schedule, rounds: int) ->
 
 
 def samples(device: Device, schedule: Schedule, rounds: int, stamps: list[Any]) -> dict[str, list[float]]:
-    """Microseconds by name; without inner stamps one sample of "round", the mean of the `rounds`."""
+    """Microseconds by name; without inner stamps one sample of the whole, the mean of the `rounds`."""
     times = [device.between_us(begin, end) for begin, end in itertools.pairwise(stamps)]
     if not schedule.is_stamped:
-        return {"round": [times[0] / rounds]}
+        return {schedule.whole: [times[0] / rounds]}
     names = [name for name, _ in schedule.frames]
     return {name: times[index :: len(names)] for index, name in enumerate(names)}
 
