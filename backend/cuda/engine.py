@@ -214,7 +214,8 @@ class CudaEngine(Engine):
         return tuple(rank for rank, is_dead in enumerate(self._native.dead()) if is_dead)
 
     def mask(self, rank: int, dead: bool) -> None:
-        """See `Engine`; writes the device's memory, at once: not while kernels of a round run."""
+        """See `Engine`; waits for the current stream, for the device's memory is written at once."""
+        self._native.synchronize(self._stream())
         self._native.mask(rank, dead)
 
     def remote_bytes(self) -> int:

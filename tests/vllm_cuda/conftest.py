@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import gpu
+from tests.vllm_cuda.compiled import stand_in
 
 FOLDER = Path(__file__).parent
-COMPILED = "vllm._C_stable_libtorch"
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -25,9 +23,7 @@ def why_not() -> str | None:
     for name in ("triton", "vllm"):
         if importlib.util.find_spec(name) is None:
             return f"no {name} in this environment: docs/vllm.md, On a GPU, says what to bring"
-    # Its platform imports this first, for the operators in it; none of them is needed here (see carry).
-    if importlib.util.find_spec(COMPILED) is None:
-        sys.modules[COMPILED] = types.ModuleType(COMPILED)
+    stand_in()
     from vllm.platforms import current_platform
 
     return None if current_platform.is_cuda() else f"vLLM does not find CUDA (its platform: {current_platform!r})"

@@ -182,6 +182,8 @@ def run(options: CudaOptions, make_device: Callable[[int], Device] = CudaDevice)
         finally:
             bench.close()
     progress.done()
+    if options.is_virtual:
+        extra |= _profile(options, make_device, found)
     result = content()
     _write_json(options.folder / "results.json", result)
     _write_csv(options.folder / "results.csv", result["rows"])
@@ -200,28 +202,44 @@ def _measure(bench: Bench | GpuPool, point: Point) -> list[Measured]:
 
 
 def _single_rank(options: CudaOptions, make_device: Callable[[int], Device], found: _Found) -> dict[str, Any]:
-    """Host time of the calls, and the profile: of one rank, which no other can hold up."""
+    """Host time of the calls of one rank, which no other can hold up."""
     extra: dict[str, Any] = {}
     for payload in ("bf16", "fp8_e4m3"):
-        tokens = min(HOST_TOKENS, options.base.tokens)
-        workload = dataclasses.replace(options.base, ranks=1, payload=payload, tokens=tokens, max_num_tokens=tokens)
         bench = _virtual(options, make_device, 1)
         try:
-            point = Point("host", workload)
+            point = _point_of_one(options, payload)
             extra.setdefault("torch_launch_us", round(bench.launch_us(), 3))
             times = bench.host_us(point)
             extra.setdefault("host_us", {})[payload] = {
                 name: {"p50_us": _percentile(values, 0.5), "p99_us": _percentile(values, 0.99), "samples": len(values)}
                 for name, values in times.items()
             }
-            if "profile" not in extra:
-                with bench.world(point) as world:
-                    extra["profile"] = profile_hooks(world, options.folder / "hook-trace.json")
         except (RuntimeError, ValueError, OSError) as error:
             found.errors.append(f"host {payload}: {type(error).__name__}: {str(error).splitlines()[0]}")
         finally:
             bench.close()
     return extra
+
+
+def _profile(options: CudaOptions, make_device: Callable[[int], Device], found: _Found) -> dict[str, Any]:
+    """What runs between the halves, seen by torch's profiler. After all that is timed: it stays in the process."""
+    bench = _virtual(options, make_device, 1)
+    try:
+        with bench.world(_point_of_one(options, "bf16")) as world:
+            return {"profile": profile_hooks(world, options.folder / "hook-trace.json")}
+    except (RuntimeError, ValueError, OSError) as error:
+        found.errors.append(f"profile: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return {}
+    finally:
+        bench.close()
+
+
+def _point_of_one(options: CudaOptions, payload: str) -> Point:
+    tokens = min(HOST_TOKENS, options.base.tokens)
+    return Point(
+        "host",
+        dataclasses.replace(options.base, ranks=1, payload=payload, tokens=tokens, max_num_tokens=tokens),
+    )
 
 
 def _percentile(values: list[float], share: float) -> float:
