@@ -24,7 +24,9 @@ enum class Order {
   kDispatchOnly,  // the same, and half of the rounds are never combined
   kCaptured,      // some rounds are replays of a graph
   kStopped,       // one rank launches nothing from some half on
+  kLate,          // one rank launches nothing for so long that it is given up
   kBadIds,        // choices that name no expert
+  kBadCell,       // a peer has written what is no cell, in the last round
   kStale,         // halves of a round whose slot was taken
 };
 
@@ -42,6 +44,7 @@ struct Case {
   int num_rounds;
 
   int num_local_experts() const { return num_experts / num_ranks; }
+  bool is_left_by_one() const { return order == Order::kStopped || order == Order::kLate; }
   int num_cells() const { return num_ranks * max_num_tokens; }
   int64_t x_bytes() const;        // of a row of x
   int64_t payload_bytes() const;  // of a row as it travels

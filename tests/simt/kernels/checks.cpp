@@ -16,6 +16,7 @@ bool is_all(const std::byte* p, int64_t num_bytes, int value) {
 void Run::check_round(int round, int rank) {
   const auto i = static_cast<size_t>(round);
   if (rank == plan_.stopped_rank && !plan_.is_before[i]) return;  // it took no part, or not in all
+  if (rank == spoilt_rank_ && round == case_.num_rounds - 1) return;
   const BufferLayout& layout = seat(rank).layout();
   std::byte* const got = buffers(round, rank);
   int end = plan_.is_combined[i] ? kNumFields : kExpertOut;
@@ -58,12 +59,17 @@ void Run::check_field(Field field, int round, int rank) {
 void Run::check_faults(int rank) {
   const std::vector<cuda::FaultRecord> faults = seat(rank).take_faults();
   for (const cuda::FaultRecord& fault : faults) check_fault(fault, rank);
+  if (case_.order == Order::kLate && rank == plan_.stopped_rank && !faults.empty()) {
+    check_late(faults[0]);
+  }
   bool should_have = false;
   for (const auto& round : inputs_) {
     should_have = should_have || !round[static_cast<size_t>(rank)].bad.empty();
   }
-  should_have = should_have || case_.order == Order::kStale ||
-                (case_.order == Order::kStopped && rank != plan_.stopped_rank);
+  should_have =
+      should_have || case_.order == Order::kStale ||
+      (case_.is_left_by_one() && (case_.order == Order::kLate || rank != plan_.stopped_rank));
+  should_have = should_have || rank == spoilt_rank_;
   require(faults.empty() != should_have, "rank %d: a fault should have been recorded", rank);
   const std::vector<bool> dead = seat(rank).engine().dead();
   for (int r = 0; r < case_.num_ranks; ++r) {
@@ -84,8 +90,14 @@ void Run::check_fault(const cuda::FaultRecord& fault, int rank) {
     is_right = fault.half == Half::kDispatchSend && !bad.empty() && bad[0].token == f.token &&
                bad[0].choice == f.choice && bad[0].id == f.observed;
   } else if (f.kind == FaultKind::kTimeout) {
-    is_right = f.rank == plan_.stopped_rank && rank != f.rank && f.via != rank;
+    // The rank that came late is told by those who gave it up.
+    is_right = f.rank == plan_.stopped_rank && f.via != rank &&
+               (rank != f.rank || (case_.order == Order::kLate && f.reason == Reason::kReported));
     if (is_right) check_lost_round(fault, rank);
+  } else if (f.kind == FaultKind::kProtocol && rank == spoilt_rank_) {
+    is_right = fault.half == Half::kDispatchRecv && f.rank == spoilt_src_ && f.via == -1 &&
+               f.epoch + 1 == static_cast<uint64_t>(case_.num_rounds) && f.expected == f.epoch;
+    if (is_right) check_lost_dispatch(static_cast<int>(f.epoch), rank);
   } else if (f.kind == FaultKind::kStale && case_.order == Order::kStale) {
     const auto bit = 1 << (static_cast<int>(fault.half) - 1);
     is_right = (num_stale_halves_ & bit) != 0 && f.epoch == *handle(case_.num_rounds, rank);
@@ -107,6 +119,28 @@ void Run::check_fault(const cuda::FaultRecord& fault, int rank) {
           static_cast<long>(f.choice));
 }
 
+// A rank that was given up sends nothing any more: it knows in the first half that would, if not
+// before.
+void Run::check_late(const cuda::FaultRecord& fault) {
+  bool is_right = false;
+  for (size_t i = plan_.stop; i < plan_.actions.size(); ++i) {
+    const Action& a = plan_.actions[i];
+    if (a.step == Step::kExperts) continue;
+    const Half half = a.step == Step::kDispatchSend   ? Half::kDispatchSend
+                      : a.step == Step::kDispatchRecv ? Half::kDispatchRecv
+                      : a.step == Step::kCombineSend  ? Half::kCombineSend
+                                                      : Half::kCombineRecv;
+    is_right =
+        is_right || (fault.half == half && fault.fault.epoch == static_cast<uint64_t>(a.round));
+    if (a.step == Step::kDispatchSend || a.step == Step::kCombineSend) break;
+  }
+  require(is_right,
+          "rank %d came late and goes on: it is told in half %d of round %lu only",
+          plan_.stopped_rank,
+          static_cast<int>(fault.half),
+          static_cast<unsigned long>(fault.fault.epoch));
+}
+
 // What is lost reads as nothing.
 void Run::check_lost_round(const cuda::FaultRecord& fault, int rank) {
   const auto round = static_cast<int>(fault.fault.epoch);
@@ -120,7 +154,14 @@ void Run::check_lost_round(const cuda::FaultRecord& fault, int rank) {
       "rank %d: round %d is lost, but combine gave something",
       rank,
       round);
-  if (fault.half != Half::kDispatchSend && fault.half != Half::kDispatchRecv) return;
+  if (fault.half == Half::kDispatchSend || fault.half == Half::kDispatchRecv) {
+    check_lost_dispatch(round, rank);
+  }
+}
+
+void Run::check_lost_dispatch(int round, int rank) {
+  const BufferLayout& layout = seat(rank).layout();
+  std::byte* const b = buffers(round, rank);
   require(is_all(layout.at<std::byte>(b, kExpertCounts), layout.num_bytes[kExpertCounts], 0) &&
               is_all(layout.at<std::byte>(b, kSrcCounts), layout.num_bytes[kSrcCounts], 0) &&
               is_all(layout.at<std::byte>(b, kReceivedIds), layout.num_bytes[kReceivedIds], 0xff),
@@ -162,6 +203,7 @@ void Run::check_totals(int rank) {
           rank,
           static_cast<long>(seat(rank).engine().remote_bytes()),
           static_cast<long>(remote_bytes_[r]));
+  if (rank == spoilt_rank_) return;
   for (int l = 0; l < case_.num_local_experts() && flavours_[r].has_stats; ++l) {
     require(seat(rank).expert_stat(l) == expert_stats_[r][static_cast<size_t>(l)],
             "rank %d: expert_stats[%d] is %ld, expected %ld",

@@ -19,12 +19,14 @@ class Planner {
     plan_.is_after.assign(n, true);
     for (size_t r = 0; r < n; ++r) {
       if (c.order == Order::kDispatchOnly) plan_.is_combined[r] = random_.one_in(2);
+      if (c.order == Order::kBadCell) plan_.is_combined[r] = r + 1 < n;
       if (c.order == Order::kCaptured) plan_.is_replayed[r] = !random_.one_in(3);
     }
   }
 
   Plan make() {
     const bool is_plain = case_.order == Order::kPlain || case_.order == Order::kStale ||
+                          case_.order == Order::kBadCell ||
                           (case_.order != Order::kInterleaved && random_.one_in(3));
     const int most_open = is_plain ? 1 : case_.depth;
     int stale_after = case_.depth + 1 + random_.below(2);
@@ -42,7 +44,7 @@ class Planner {
         stale_after = -1;
       }
     }
-    if (case_.order == Order::kStopped) stop();
+    if (case_.is_left_by_one()) stop();
     return plan_;
   }
 

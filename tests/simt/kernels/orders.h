@@ -27,7 +27,7 @@ struct Plan {
   std::vector<Action> actions;
   std::vector<bool> is_combined;  // [rounds]
   std::vector<bool> is_replayed;  // [rounds]
-  // Of the rank that stops, and where; -1: none.
+  // Of the rank that stops or comes late, and where; -1: none.
   int stopped_rank = -1;
   size_t stop = 0;
   // [rounds] whether the stop cannot touch it; whether it begins after the stop, and whether even

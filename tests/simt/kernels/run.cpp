@@ -8,6 +8,8 @@
 namespace moebius::kernels_test {
 namespace {
 
+// Within kAwayNs all others have given a rank up, and are through with the rounds.
+constexpr int64_t kAwayNs = 600'000'000;
 constexpr int64_t kTimeoutNs = 100'000'000, kShortTimeoutNs = 30'000'000;  // virtual
 
 }  // namespace
@@ -17,7 +19,7 @@ Run::Run(const Case& c, uint64_t seed)
       seed_(seed),
       random_(seed ^ 0x5851f42d4c957f2du),
       plan_(make_plan(c, seed)),
-      timeout_ns_(c.order == Order::kStopped ? kShortTimeoutNs : kTimeoutNs) {
+      timeout_ns_(c.is_left_by_one() ? kShortTimeoutNs : kTimeoutNs) {
   simt::Options options;
   options.seed = seed;
   options.num_ranks = c.num_ranks;
@@ -149,6 +151,34 @@ void Run::launch(const Action& action, int rank) {
                      input(action.round, rank).num_tokens});
 }
 
+// Writes into a cell of the last round what no rank would: an expert that there is not, or a row of
+// replies.
+void Run::spoil() {
+  const int round = case_.num_rounds - 1, rank = random_.below(case_.num_ranks);
+  const int first = random_.below(case_.num_ranks);
+  const HeapLayout heap = HeapLayout::of(case_.shape());
+  std::byte* const expected =
+      expected_[static_cast<size_t>(round)][static_cast<size_t>(rank)].data();
+  const auto* counts = seat(rank).layout().at<int32_t>(expected, kSrcCounts);
+  for (int i = 0; i < case_.num_ranks; ++i) {
+    const int src = (first + i) % case_.num_ranks;
+    if (counts[src] == 0) continue;
+    spoilt_rank_ = rank;
+    spoilt_src_ = src;
+    std::byte* const cell =
+        heaps_[static_cast<size_t>(rank)]->data() +
+        heap.cell(heap.slot_of(static_cast<uint64_t>(round)), src, random_.below(counts[src]));
+    auto* const head = reinterpret_cast<CellHead*>(cell + heap.head_in_cell);
+    auto* const ids = reinterpret_cast<int32_t*>(head + 1);
+    const bool is_low = random_.one_in(2);
+    const int32_t bad_id = is_low ? -2 : case_.num_local_experts();
+    const int32_t bad_row = is_low ? -1 : case_.max_num_tokens * case_.num_topk;
+    int32_t* const at = random_.one_in(3) ? &head->reply_row : ids + random_.below(case_.num_topk);
+    cuda::copy(at, at == &head->reply_row ? &bad_row : &bad_id, sizeof *at);
+    return;
+  }
+}
+
 void Run::launch_all() {
   const auto num_actions = static_cast<int>(plan_.actions.size());
   // A rank may be late, by less than a deadline all in all.
@@ -157,14 +187,24 @@ void Run::launch_all() {
     if (random_.one_in(2)) at = random_.below(num_actions);
   }
   const int most_delay = plan_.stopped_rank >= 0 ? 70 : 20;
-  const bool has_pauses = random_.one_in(4);  // in which the host waits for all that it launched
+  // In which the host waits for all that it launched; so nobody would be late.
+  const bool has_pauses = random_.one_in(4) && case_.order != Order::kLate;
   for (int i = 0; i < num_actions; ++i) {
+    const Action& action = plan_.actions[static_cast<size_t>(i)];
+    if (case_.order == Order::kBadCell && action.round == case_.num_rounds - 1 &&
+        action.step == Step::kDispatchRecv) {
+      simt::World::process().run_until_idle();
+      spoil();
+    }
     for (int r = 0; r < case_.num_ranks; ++r) {
-      if (is_stopped(r, static_cast<size_t>(i))) continue;
+      if (is_stopped(r, static_cast<size_t>(i))) {
+        if (case_.order == Order::kStopped) continue;
+        if (static_cast<size_t>(i) == plan_.stop) seat(r).delay(kAwayNs);
+      }
       if (delayed[static_cast<size_t>(r)] == i) {
         seat(r).delay(kShortTimeoutNs / 100 * (1 + random_.below(most_delay)));
       }
-      launch(plan_.actions[static_cast<size_t>(i)], r);
+      launch(action, r);
     }
     if (has_pauses && random_.one_in(5)) simt::World::process().run_until_idle();
   }

@@ -29,12 +29,15 @@ class Run {
   void expect();  // asks the reference
   void launch_all();
   void launch(const Action& action, int rank);
+  void spoil();
   void launch_stale(int round, int rank);
 
   void check_round(int round, int rank);
   void check_field(Field field, int round, int rank);
   void check_lost_round(const cuda::FaultRecord& fault, int rank);
   void check_faults(int rank);
+  void check_lost_dispatch(int round, int rank);
+  void check_late(const cuda::FaultRecord& fault);
   void check_fault(const cuda::FaultRecord& fault, int rank);
   void check_stale(int rank);
   void check_totals(int rank);
@@ -64,7 +67,8 @@ class Run {
   std::vector<std::vector<std::vector<std::byte>>> expected_;  // [rounds][R] buffers
   std::vector<std::vector<int64_t>> expert_stats_;             // [R][L]
   std::vector<int64_t> remote_bytes_;
-  int num_stale_halves_ = 0;  // bits: dispatch receive, combine send, combine receive
+  int spoilt_rank_ = -1, spoilt_src_ = -1;  // whose cell is none, and from whom it is
+  int num_stale_halves_ = 0;                // bits: dispatch receive, combine send, combine receive
   std::string wrong_;
   uint64_t num_steps_ = 0;
 };
