@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "kernels"
 CSRC = ROOT / "csrc"
 PROGRAM = ROOT / "tests" / "simt" / "kernels"
+# How a changed kernel is compiled: with all that it calls in it. Of an inline function that several objects have, the
+# linker takes one for all, so that other kernels would have the change, or none.
+DEVICE = "simt/device.h"
+ALONE = {
+    "MOEBIUS_DEVICE inline": "MOEBIUS_DEVICE inline __attribute__((always_inline))",
+    "MOEBIUS_COLD inline": "MOEBIUS_COLD static inline",
+}
 KERNELS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 FLAGS = ("-std=c++17", "-g1", "-ffp-contract=off", "-pthread", "-DMOEBIUS_SIMT", "-Wno-unknown-pragmas")
 OPTIMISED = ("-O2",)
@@ -87,9 +94,11 @@ class Built:
         named = [f"cuda/{kernel}.cu" for kernel in kernels or KERNELS]
         planted = [unit for unit in named if file == unit or file in includes_of(unit, self.texts)]
         assert planted, f"{file} is no part of {kernels}"
-        changed = {unit: self._compile(unit, {file: text}) for unit in planted}
-        # First: of an inline function that several objects have, the linker takes the first.
-        return self._link(changed | {unit: path for unit, path in self.objects.items() if unit not in changed})
+        device = self.texts[DEVICE]
+        for before, after in ALONE.items():
+            assert device.count(before) == 1, before
+            device = device.replace(before, after)
+        return self._link(self.objects | {unit: self._compile(unit, {file: text, DEVICE: device}) for unit in planted})
 
     def _compile(self, unit: str, changed: Mapping[str, str]) -> Path:
         texts = {**self.texts, **changed}

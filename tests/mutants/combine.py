@@ -7,6 +7,7 @@ from .mutant import Mutant
 REPLIES = "cuda/replies.cuh"
 SEND = "cuda/combine_send.cu"
 RECV = "cuda/combine_recv.cu"
+SUM = "cuda/sum.cuh"
 
 MUTANTS = [
     Mutant(
@@ -32,7 +33,7 @@ MUTANTS = [
     ),
     Mutant(
         "cs-weights-reversed", SEND,
-        "sum.weight = load(weights + lane());", "sum.weight = load(weights + num_topk - 1 - lane());",
+        "load(weights + lane()) : 0.0f;", "load(weights + num_topk - 1 - lane()) : 0.0f;",
         "rows are summed with the weights of other choices", "plain",
     ),
     Mutant(
@@ -58,12 +59,12 @@ MUTANTS = [
     ),
     Mutant(
         "cr-no-wait", RECV,
-        "    if (!await_rows(p, begun, src, owed)) store(scratch, 1u);\n", "",
+        "    if (!await_rows(p, begun, src, owed)) store(&ending->has_failed, 1u);\n", "",
         "rows are summed before they have come", "plain",
     ),
     Mutant(
         "cr-no-barrier-after-poll", RECV,
-        "  sync_block();\n  const bool is_lost = begun", "  const bool is_lost = begun",
+        "  sync_block();\n  const int num_items", "  const int num_items",
         "rows are summed by threads that know of no signal", "plain",
     ),
     Mutant(
@@ -74,12 +75,93 @@ MUTANTS = [
     Mutant(
         "cr-all-valid", RECV,
         "item < num_items && token < num_valid && lane() < replies",
-        "item < num_items && !is_lost && lane() < replies",
+        "item < num_items && num_valid != 0 && lane() < replies",
         "tokens that were not sent get rows of an earlier round", "plain",
     ),
     Mutant(
         "cr-awaiting-kept", RECV,
-        "  clear_awaiting(self);\n", "",
+        "  if (is_bookkeeper()) clear_awaiting(self);\n", "",
         "a rank says that it waits when it does not", "stopped",
+    ),
+    Mutant(
+        "cr-arrives-before-the-barrier", RECV,
+        "  sync_block();\n  const int num_items",
+        "  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);\n  sync_block();\n  const int num_items",
+        "the last block does not know what the others failed for", "stopped",
+        also=(("  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);\n  const bool is_lost",
+               "  const bool is_lost"),),
+    ),
+    Mutant(
+        "cr-no-barrier-before-met", RECV,
+        "  sync_block();\n  if (load(&ending->met) == 0) return;", "  if (load(&ending->met) == 0) return;",
+        "threads of the last block do not know that it is", "stopped",
+    ),
+    Mutant(
+        "cr-weights-of-the-next", RECV,
+        "    sum->weight = weight;\n", "",
+        "a token's rows are summed with the weights of the warp's next one", "rows",
+        also=(("    find();\n    return true;", "    find();\n    sum->weight = weight;\n    return true;"),),
+    ),
+    Mutant(
+        "cs-failures-dropped", SEND,
+        "  if ((met & kAnyFailed) != 0) return lose(self, Half::kCombineSend, begun.epoch);\n", "",
+        "a rank that was given up says that it has answered", "late",
+    ),
+    Mutant(
+        "cs-refusal-ignored", SEND,
+        "is_masked(self, src) || !is_refused_by(self, src)) continue;", "is_masked(self, src) || src >= 0) continue;",
+        "a rank that was given up answers all the same", "late-rows",
+    ),
+    Mutant(
+        "cs-refusal-not-told", SEND,
+        "    store(&shared.ending->has_failed, 1u);\n    fail(", "    fail(",
+        "a rank that was given up says that it has answered", "late",
+    ),
+    Mutant(
+        "cs-refusals-of-the-first-ranks", SEND,
+        "  for (int src = thread_index() - kWarp; src", "  for (int src = thread_index(); src",
+        "nobody looks at the refusals of the first ranks", "late",
+    ),
+    Mutant(
+        "cs-same-sum-again", SEND,
+        "      item += wave.share.num_warps;\n      find();\n", "      find();\n      item += wave.share.num_warps;\n",
+        "a warp sends its first sum twice, and not its last one", "plain",
+    ),
+    Mutant(
+        "cs-slice-of-the-first", SEND,
+        "    ahead.begin = part.part * kUnroll * kWarp;", "    ahead.begin = 0;",
+        "only the beginning of long rows is summed", "windows",
+    ),
+    Mutant(
+        "cs-reply-of-the-source-before", REPLIES,
+        "    if (shared.cells_before(middle) <= number) {", "    if (shared.cells_before(middle) < number) {",
+        "the first cell of a source is answered to the one before", "plain",
+    ),
+    Mutant(
+        "sum-next-of-the-same", SUM,
+        "fetch_row(after, lowest(after.which) & (kWarp - 1)", "fetch_row(sum, lowest(after.which) & (kWarp - 1)",
+        "a sum begins with a row of the one before", "plain", ("combine_recv",),
+    ),
+    Mutant(
+        "sum-next-not-fetched", SUM,
+        "      } else if (is_more) {", "      } else if (is_more && after.which == 0) {",
+        "a sum begins with the last row of the one before", "plain", ("combine_send",),
+    ),
+    Mutant(
+        "sum-fetched-before-it-is-taken", SUM,
+        "      for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];\n", "",
+        "a row is added in place of the one before it", "plain", ("combine_recv",),
+        also=(("        float f[kCount];\n        Numbers<kDtype>::widen(raw[u], f);",
+               "        float f[kCount];\n        raw[u] = ahead[u];\n        Numbers<kDtype>::widen(raw[u], f);"),),
+    ),
+    Mutant(
+        "sum-of-nothing-fetched", SUM,
+        "after.which == 0, ahead);", "false, ahead);",
+        "a row is read that there is not", "plain", ("combine_recv",),
+    ),
+    Mutant(
+        "sum-of-the-last-row", SUM,
+        "    uint32_t rest = sum.which;", "    uint32_t rest = sum.which & (0u - sum.which);",
+        "only the first row is summed", "plain", ("combine_recv",),
     ),
 ]  # fmt: skip

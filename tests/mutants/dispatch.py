@@ -6,18 +6,21 @@ from .mutant import Mutant
 
 SEND = "cuda/dispatch_send.cu"
 RECV = "cuda/dispatch_recv.cu"
+DESTINATIONS = "cuda/destinations.cuh"
+SCALES = "cuda/scales.cuh"
+ARRIVE_EXPERT_MAJOR = (
+    "    if (end == num_cells && is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n"
+)
 
 MUTANTS = [
     Mutant(
         "ds-no-proxy-fence", SEND,
-        "    fence_proxy_async();\n    sync_warp();\n    const auto num_bytes",
-        "    sync_warp();\n    const auto num_bytes",
+        "    fence_proxy_async_shared();\n", "",
         "a bulk store reads what the stage held before", "plain",
     ),
     Mutant(
         "ds-no-warp-barrier", SEND,
-        "    fence_proxy_async();\n    sync_warp();\n",
-        "    fence_proxy_async();\n",
+        "    fence_proxy_async_shared();\n    sync_warp();\n", "    fence_proxy_async_shared();\n",
         "a bulk store is issued before the other lanes have filled the stage", "plain",
     ),
     Mutant(
@@ -27,13 +30,46 @@ MUTANTS = [
     ),
     Mutant(
         "ds-stages-start-over", SEND,
-        "      send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &stage_index);",
-        "      stage_index = 0;\n      send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &stage_index);",
-        "the second chunk fills the stage that the first one's last copy reads", "chunks-send",
+        "    send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &sender);",
+        "    sender.stage = 0;\n    send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &sender);",
+        "the second chunk fills the stage that the first one's last copy reads", "chunks-send", num_seeds=150,
+    ),
+    Mutant(
+        "ds-filled-with-the-next", SEND,
+        "fill_stage(p.self, now, base,", "fill_stage(p.self, sender->fetched, base,",
+        "a stage is filled with what was asked for after it", "plain",
+    ),
+    Mutant(
+        "ds-not-fetched-after-a-gap", SEND,
+        "      sender->advance(l);\n      continue;",
+        "      --sender->num_left;\n      sender->next.advance(l.num_slices);\n      continue;",
+        "the token after one that goes nowhere is sent as that one", "plain",
+    ),
+    Mutant(
+        "ds-destinations-kept", SEND,
+        "    if (item.whole != token) {", "    if (token < 0) {",
+        "a warp's second token goes where its first one went", "plain",
+    ),
+    Mutant(
+        "ds-combined-of-slot-0", SEND,
+        "take_slot(self, epoch, slot, shfl(combined, slot), shared);",
+        "take_slot(self, epoch, slot, shfl(combined, 0), shared);",
+        "a round is taken for one that was never combined", "interleaved",
+    ),
+    Mutant(
+        "ds-failures-dropped", SEND,
+        "(met & kAnyFailed) != 0, shared)", "false, shared)",
+        "a round that could not begin is announced", "stopped",
+    ),
+    Mutant(
+        "ds-refusal-ignored", SEND,
+        "    if (is_refused) {", "    if (is_refused && epoch == ~uint64_t{0}) {",
+        "a rank that was given up begins a round all the same", "late",
     ),
     Mutant(
         "ds-no-bulk-wait", SEND,
-        "  bulk_wait_all();\n  let_next_kernel_start();", "  let_next_kernel_start();",
+        "  bulk_wait_all();\n  if (!is_ready) let_next_kernel_start();\n  const uint32_t met",
+        "  if (!is_ready) let_next_kernel_start();\n  const uint32_t met",
         "the signal overtakes the cells", "plain",
     ),
     Mutant(
@@ -50,8 +86,8 @@ MUTANTS = [
     ),
     Mutant(
         "ds-no-closing-wait", SEND,
-        "      is_closed = poll(self, src, SignalKind::kCombine, closed, epoch, &word);",
-        "      word = signal_word(closed, 0);",
+        "        word = spin(self, src, SignalKind::kCombine, closed, epoch);",
+        "        word = signal_word(closed, 0);",
         "cells are overwritten before they are read", "dispatch-only",
     ),
     Mutant(
@@ -69,10 +105,11 @@ MUTANTS = [
     ),
     Mutant(
         "ds-epoch-early", SEND,
-        "  read_ranks(self, shared);\n  sync_block();",
-        "  read_ranks(self, shared);\n  sync_block();\n"
+        "  read_ranks(self, shared);\n  const int slot",
+        "  read_ranks(self, shared);\n"
         "  if (block_index() == 0 && thread_index() == 0) {\n"
-        "    store(&control_of(self, self.rank)->epoch, epoch + 1);\n  }",
+        "    store(&control_of(self, self.rank)->epoch, epoch + 1);\n  }\n"
+        "  const int slot",
         "blocks that start late take the round for the next one", "plain",
     ),
     Mutant(
@@ -91,12 +128,12 @@ MUTANTS = [
         "replies of two ranks come to the same rows", "plain",
     ),
     Mutant(
-        "ds-position-of-chunk", SEND,
+        "ds-position-of-chunk", DESTINATIONS,
         "shared.positions.find(d.dst, token - chunk_begin)", "shared.positions.find(d.dst, token)",
         "tokens of the second chunk go to wrong cells", "chunks-send",
     ),
     Mutant(
-        "ds-rank-twice", SEND,
+        "ds-rank-twice", DESTINATIONS,
         "    if (k < lane() && other == d.dst) is_first = false;\n", "",
         "a rank that two choices name replies once, and is counted twice", "plain",
     ),
@@ -106,12 +143,12 @@ MUTANTS = [
         "num_valid_tokens is ignored", "plain",
     ),
     Mutant(
-        "ds-weights-reversed", SEND,
+        "ds-weights-reversed", DESTINATIONS,
         "ids + s.num_topk) + lane(), d.weight);", "ids + s.num_topk) + s.num_topk - 1 - lane(), d.weight);",
         "weights belong to other choices", "plain",
     ),
     Mutant(
-        "ds-replies-by-choice", SEND,
+        "ds-replies-by-choice", DESTINATIONS,
         "    num_below += is_first && other < d.dst ? 1 : 0;",
         "    num_below += is_first && k < lane() ? 1 : 0;",
         "replies are summed in another order", "four-ranks",
@@ -128,13 +165,13 @@ MUTANTS = [
     ),
     Mutant(
         "ds-no-barrier-before-count", SEND,
-        "  sync_block();\n  const bool is_ours", "  const bool is_ours",
+        "  sync_block();\n  // From here on this kernel", "  // From here on this kernel",
         "tokens are counted that are not listed yet", "plain",
     ),
     Mutant(
         "ds-no-barrier-before-sending", SEND,
-        "thread_index() == 0) network_quiet();\n  sync_block();\n  int stage_index",
-        "thread_index() == 0) network_quiet();\n  int stage_index",
+        "thread_index() == 0) network_quiet();\n  sync_block();\n",
+        "thread_index() == 0) network_quiet();\n",
         "tokens are sent before the bases are known", "plain",
     ),
     Mutant(
@@ -148,29 +185,51 @@ MUTANTS = [
         "bulk loads read what the inbox held before", "plain",
     ),
     Mutant(
+        "dr-fence-of-shared-memory", RECV,
+        "  fence_proxy_async();\n", "  fence_proxy_async_shared();\n",
+        "bulk loads read what the inbox held before", "plain",
+    ),
+    Mutant(
+        "dr-started-before-the-fence", RECV,
+        "  fence_proxy_async();\n  sync_block();\n}", "  sync_block();\n}",
+        "the first rows are asked for before what peers wrote is known to bulk loads", "plain",
+        also=(
+            (
+                "behind in the queue\n    shared.positions.count();",
+                "behind in the queue\n    fence_proxy_async();\n    shared.positions.count();",
+            ),
+        ),
+    ),
+    Mutant(
+        "dr-token-started-before-the-fence", RECV,
+        "  fence_proxy_async();\n  sync_block();\n}", "  sync_block();\n}",
+        "the first rows are asked for before what peers wrote is known to bulk loads", "token-major",
+        also=(("  mover.start(num_cells);\n", "  mover.start(num_cells);\n  fence_proxy_async();\n"),),
+    ),
+    Mutant(
         "dr-no-barrier-after-poll", RECV,
         "  fence_proxy_async();\n  sync_block();\n}", "  fence_proxy_async();\n}",
         "cells are read by threads that know of no signal", "plain",
     ),
     Mutant(
         "dr-no-bulk-wait", RECV,
-        "  bulk_wait_all();\n  let_next_kernel_start();", "  let_next_kernel_start();",
+        "  bulk_wait_all();\n  if (!is_ready)", "  if (!is_ready)",
         "rows are read before they are written", "plain",
     ),
     Mutant(
         "dr-no-barrier-before-count", RECV,
-        "  sync_block();\n  shared.positions.count();", "  shared.positions.count();",
+        "sources[i]);\n    }\n  }\n  sync_block();\n}", "sources[i]);\n    }\n  }\n}",
         "cells are counted that are not listed yet", "plain",
     ),
     Mutant(
         "dr-no-barrier-between-chunks", RECV,
-        "end == num_cells, shared);\n    sync_block();", "end == num_cells, shared);",
+        "    begin = end;\n    sync_block();\n", "    begin = end;\n",
         "the lists of a chunk are cleared while they are read", "chunks",
     ),
     Mutant(
         "dr-row-of-wrong-choice", RECV,
-        "store(rows + inbox * s.num_topk + lane(), at);",
-        "store(rows + inbox * s.num_topk + (lane() + 1) % s.num_topk, at);",
+        "store(rows + inbox * s.num_topk + choice, at);",
+        "store(rows + inbox * s.num_topk + (choice + 1) % s.num_topk, at);",
         "combine takes a choice's row for another's", "plain",
     ),
     Mutant(
@@ -198,5 +257,121 @@ MUTANTS = [
         "dr-no-wait-for-previous", RECV,
         "  wait_for_previous_kernel();\n", "",
         "the handle is read before dispatch send has written it", "plain",
+    ),
+    Mutant(
+        "dr-no-barrier-after-count", RECV,
+        "    shared.positions.count();\n    sync_block();\n", "    shared.positions.count();\n",
+        "rows are looked up in lists that are not counted yet", "plain",
+    ),
+    Mutant(
+        "dr-odd-id-not-masked", RECV,
+        "      if (2 * pair.part + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;  // what follows is no id\n", "",
+        "with an odd number of choices, what follows the ids is taken for one", "plain",
+    ),
+    Mutant(
+        "dr-last-id-masked", RECV,
+        "      if (2 * pair.part + 1 == s.num_topk) ids[i]", "      if (2 * pair.part + 2 >= s.num_topk) ids[i]",
+        "with an even number of choices, the last one is lost", "interleaved",
+    ),
+    Mutant(
+        "dr-second-pair-of-the-first-cell", RECV,
+        "      const int item = (first + i * num_threads()) / num_pairs;", "      const int item = first / num_pairs;",
+        "a thread's second pair of ids is listed under the cell of its first", "four-ranks",
+    ),
+    Mutant(
+        "dr-cell-of-the-source-before", RECV,
+        "    if (load(shared.first_cell + middle) <= number) {", "    if (load(shared.first_cell + middle) < number) {",
+        "the first cell of a source is looked for at the one before", "plain",
+    ),
+    Mutant(
+        "dr-arrives-before-it-waits", RECV,
+        "  await_cells(p, begun, shared);\n",
+        "  if (is_bookkeeper() && !self.is_token_major) arrive(self, Half::kDispatchRecv, shared.ending);\n"
+        "  await_cells(p, begun, shared);\n",
+        "the last block does not know what the others failed for", "stopped",
+        also=((ARRIVE_EXPERT_MAJOR, ""),),
+    ),
+    Mutant(
+        "dr-arrives-before-the-barrier", RECV,
+        "  // The bulk loads below read what peers wrote.\n",
+        "  if (is_bookkeeper() && !self.is_token_major) arrive(self, Half::kDispatchRecv, shared.ending);\n",
+        "the last block does not know what the others failed for", "stopped",
+        also=((ARRIVE_EXPERT_MAJOR, ""), ("  sync_block();\n  if (warp_index() == 0) {\n    const bool is_lost",
+              "  if (warp_index() == 0) {\n    const bool is_lost")),
+    ),
+    Mutant(
+        "dr-arrives-before-the-list", RECV,
+        "    list_cells(p.self, begun, begin, end, shared);\n",
+        ARRIVE_EXPERT_MAJOR + "    list_cells(p.self, begun, begin, end, shared);\n",
+        "the last block does not know which cell another could not read", "bad-cell",
+        also=(("from here on: the blocks meet while the rows are on their way.\n" + ARRIVE_EXPERT_MAJOR,
+               "from here on: the blocks meet while the rows are on their way.\n"),), num_seeds=150,
+    ),
+    Mutant(
+        "dr-bad-id-taken", RECV,
+        "        if (id < -1 || id >= num_local) {", "        if (id < -1) {",
+        "an expert that there is not gets a row", "bad-cell",
+    ),
+    Mutant(
+        "dr-bad-id-left-out", RECV,
+        "          is_good[i] = false;\n", "",
+        "a cell that names no expert is received as if it were good", "bad-cell",
+    ),
+    Mutant(
+        "dr-reply-row-not-looked-at", RECV,
+        "      if (pair.part == 0) is_good[i] = is_sane(self, cell.at);\n", "",
+        "a reply would go anywhere", "bad-cell",
+    ),
+    Mutant(
+        "dr-source-of-the-other-pair", RECV,
+        "fail_cell(self, begun.epoch, sources[i]);", "fail_cell(self, begun.epoch, sources[i] ^ 1);",
+        "a rank is blamed for another's cell", "bad-cell",
+    ),
+    Mutant(
+        "dr-token-bad-id-left-out", RECV,
+        "      fail_cell(p.self, begun.epoch, cell.src);\n      id = -1;", "      id = -1;",
+        "a cell that names no expert is received as if it were good", "bad-cell-token",
+    ),
+    Mutant(
+        "dr-token-reply-row-not-looked-at", RECV,
+        "    if (lane() == 0 && !is_sane(p.self, cell.at)) fail_cell(p.self, begun.epoch, cell.src);\n", "",
+        "a reply would go anywhere", "bad-cell-token",
+    ),
+    Mutant(
+        "dr-token-arrives-before-the-barrier", RECV,
+        "  sync_block();\n  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
+        "  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
+        "the last block reads counts to which others have not added", "token-major-fp8",
+    ),
+    Mutant(
+        "dr-arrives-with-every-chunk", RECV,
+        "    if (end == num_cells && is_bookkeeper()) arrive", "    if (is_bookkeeper()) arrive",
+        "a block with several chunks counts as several", "chunks",
+    ),
+    Mutant(
+        "dr-no-barrier-before-met", RECV,
+        "  sync_block();\n  if (load(&shared.ending->met) != 0)", "  if (load(&shared.ending->met) != 0)",
+        "threads of the last block do not know that it is", "plain",
+    ),
+    Mutant(
+        "dr-awaiting-kept", RECV,
+        "  if (is_bookkeeper()) clear_awaiting(self);\n", "",
+        "a rank says that it waits when it does not", "dispatch-only",
+    ),
+    Mutant(
+        "dr-scales-of-the-first-words", SCALES,
+        "put(i * kWarp + lane(), words[i]);", "put(i * kWarp + lane(), words[0]);",
+        "long rows of scales repeat their beginning", "wide",
+    ),
+    Mutant(
+        "dr-scales-cut-off", SCALES,
+        "    for (int w = kAhead * kWarp + lane(); w < num_words(p); w += kWarp) put(w, load(from + w));\n", "",
+        "the end of long rows of scales is not written", "wide",
+    ),
+    Mutant(
+        "dr-scales-of-later-windows", RECV,
+        "    if (is_first && p.scales != nullptr) scales.read(p, from(row));",
+        "    if (!is_first && p.scales != nullptr) scales.read(p, from(row));",
+        "a row's scales are not written", "fp8",
     ),
 ]  # fmt: skip

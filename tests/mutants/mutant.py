@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One place of csrc/cuda changed, in a copy that only the test's own program is built from.
+    """One place of csrc changed, or several of a file, in a copy that only the test's own program is built from.
 
     Attributes:
         name: of the mutant.
@@ -18,6 +18,7 @@ class Mutant:
         case: of tests/simt/kernels, in which it shows.
         kernels: it is planted in; all that include the file, if empty.
         num_seeds: it has to be caught within.
+        also: more places of the file, each with what stands there instead.
     """
 
     name: str
@@ -28,3 +29,4 @@ class Mutant:
     case: str
     kernels: tuple[str, ...] = ()
     num_seeds: int = 60
+    also: tuple[tuple[str, str], ...] = ()

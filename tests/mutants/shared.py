@@ -6,9 +6,14 @@ from .mutant import Mutant
 
 RANK = "cuda/rank.cuh"
 MOVER = "cuda/mover.cuh"
+WORK = "cuda/work.cuh"
 LAYOUT = "layout.h"
 DISPATCH = ("dispatch_send", "dispatch_recv")
 RECEIVE = ("dispatch_recv", "combine_recv")
+RELAXED = (
+    "add_acq_rel_gpu(num_done, mine) + mine;",
+    "update(num_done, simt::Order::kRelaxed, simt::Scope::kGpu, [&](uint32_t v) { return v + mine; }) + mine;",
+)
 
 MUTANTS = [
     Mutant(
@@ -28,14 +33,19 @@ MUTANTS = [
     ),
     Mutant(
         "mover-wrong-window", MOVER,
-        "      next += share.step;\n      warp_bulk_load",
-        "      next += share.step + num_blocks();\n      warp_bulk_load",
+        "      next.advance(num_windows);\n",
+        "      next.advance(num_windows);\n      next.advance(num_windows);\n",
         "windows are left out", "windows", ("dispatch_recv",),
     ),
     Mutant(
         "poll-relaxed", RANK,
-        "  for (;;) {\n    *word = load_acquire_sys(awaited);", "  for (;;) {\n    *word = load_relaxed_sys(awaited);",
-        "what was signalled is not seen", "plain", RECEIVE,
+        "  *word =\n      load_acquire_sys(", "  *word =\n      load_relaxed_sys(",
+        "what was signalled before the first look is not seen", "plain", RECEIVE,
+    ),
+    Mutant(
+        "spin-relaxed", RANK,
+        "  for (;;) {\n    word = load_acquire_sys(awaited);", "  for (;;) {\n    word = load_relaxed_sys(awaited);",
+        "what was signalled after the first look is not seen", "plain", RECEIVE,
     ),
     Mutant(
         "poll-any-epoch", LAYOUT,
@@ -56,23 +66,125 @@ MUTANTS = [
     ),
     Mutant(
         "done-before-the-block", RANK,
-        "uint32_t* scratch) {\n  sync_block();", "uint32_t* scratch) {",
+        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() == 1) sync_block();\n"
+        "  if (num_blocks() == 1) return",
         "a block is counted before its threads are done", "plain", ("dispatch_send",),
     ),
     Mutant(
         "done-with-the-first-block", RANK,
-        "static_cast<uint32_t>(num_blocks()) - 1;", "0u;",
+        "== static_cast<uint32_t>(num_blocks());", "== 1u;",
         "the signal is sent by the first block to be done", "plain", ("dispatch_send",),
     ),
     Mutant(
         "done-counted-relaxed", RANK,
-        "add_acq_rel_gpu(num_done, 1) ==",
-        "update(num_done, simt::Order::kRelaxed, simt::Scope::kGpu, [](uint32_t v) { return v + 1; }) ==",
+        *RELAXED,
         "the last block does not know what the others wrote", "plain", ("dispatch_send",),
     ),
     Mutant(
+        "done-counted-relaxed-dispatch-recv", RANK,
+        *RELAXED,
+        "the last block does not know what the others failed for", "stopped", ("dispatch_recv",),
+    ),
+    Mutant(
+        "done-counted-relaxed-combine-send", RANK,
+        *RELAXED,
+        "the last block does not know what the others wrote", "plain", ("combine_send",),
+    ),
+    Mutant(
+        "done-counted-relaxed-combine-recv", RANK,
+        *RELAXED,
+        "the last block does not know what the others failed for", "stopped", ("combine_recv",),
+    ),
+    Mutant(
+        "done-one-block-no-barrier", RANK,
+        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() != 1) sync_block();\n"
+        "  if (num_blocks() == 1) return",
+        "the only block signals before its threads are done", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-one-block-no-barrier-combine", RANK,
+        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() != 1) sync_block();\n"
+        "  if (num_blocks() == 1) return",
+        "the only block signals before its threads are done", "plain", ("combine_send",),
+    ),
+    Mutant(
+        "done-one-block-never-fails", RANK,
+        "return kIsLast | (load(&ending->has_failed) != 0 ? kAnyFailed : 0);", "return kIsLast;",
+        "a grid of one block announces a round that it has given up", "stopped", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-failures-not-told", RANK,
+        "(all >= kOneFailed ? kAnyFailed : 0)", "0",
+        "the last block announces a round that is given up", "stopped", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-failures-count-as-blocks", RANK,
+        "all % kOneFailed == static_cast", "all == static_cast",
+        "no block of a failed kernel is the last one", "stopped", ("dispatch_send",),
+    ),
+    Mutant(
+        "done-no-barrier-before-met", RANK,
+        "arrive(self, half, ending);\n  sync_block();\n", "arrive(self, half, ending);\n",
+        "threads of the last block do not know that it is", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "run-loses-one", WORK,
+        "(share.first < rest ? 1 : 0)", "(share.first + 1 < rest ? 1 : 0)",
+        "an item is left out", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "run-loses-one-window", WORK,
+        "(share.first < rest ? 1 : 0)", "(share.first + 1 < rest ? 1 : 0)",
+        "an item is left out", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "run-one-too-many", WORK,
+        "(share.first < rest ? 1 : 0)", "1",
+        "an item is moved that there is not", "token-major", ("dispatch_recv",),
+    ),
+    Mutant(
+        "run-begins-early", WORK,
+        " + static_cast<int>(min_of(share.first, rest));", ";",
+        "items at the end are left out", "plain", ("dispatch_send",),
+    ),
+    Mutant(
+        "part-without-carry", WORK,
+        "    part = 0;\n    ++whole;", "    part = 0;",
+        "a warp stays with its first row", "windows", ("dispatch_recv",),
+    ),
+    Mutant(
+        "part-without-carry-dispatch-send", WORK,
+        "    part = 0;\n    ++whole;", "    part = 0;",
+        "a warp stays with its first token", "windows", ("dispatch_send",),
+    ),
+    Mutant(
+        "part-not-set-back", WORK,
+        "    part = 0;\n    ++whole;", "    ++whole;",
+        "a warp leaves its rows behind their ends", "windows", ("dispatch_recv",),
+    ),
+    Mutant(
+        "mover-row-of-the-next", MOVER,
+        "      item = ahead;\n      ahead = after;", "      item = after;",
+        "what was asked for is stored to another row", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "mover-row-not-begun", MOVER,
+        "      if (item.whole != row) rows.begin", "      if (row < 0) rows.begin",
+        "a warp's second row is stored over its first one", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "scan-adds-itself", RANK,
+        "    if (lane() >= delta) value += below;", "    value += below;",
+        "the cells of the first sources count several times", "plain", ("dispatch_recv",),
+    ),
+    Mutant(
+        "given-up-in-another-round", RANK,
+        "return load_relaxed_sys(&failure.claimed) == epoch + 1;", "return load_relaxed_sys(&failure.claimed) != 0;",
+        "a round is lost because an earlier one of its slot was", "stopped",
+    ),
+    Mutant(
         "done-not-reset", RANK,
-        "    if (is_last) store(num_done, 0u);\n", "",
+        "  if (is_last) store(num_done, 0u);\n", "",
         "no block is the last one in the next round", "plain", ("combine_send",),
     ),
     Mutant(

@@ -49,9 +49,11 @@ class Verdict:
 
 def changed(mutant: Mutant, text: str) -> str:
     """The file with the mistake in it."""
-    num_found = text.count(mutant.text)
-    assert num_found == 1, f"{mutant.name}: the text stands in {mutant.file} {num_found} times"
-    return text.replace(mutant.text, mutant.replacement)
+    for before, after in ((mutant.text, mutant.replacement), *mutant.also):
+        num_found = text.count(before)
+        assert num_found == 1, f"{mutant.name}: {before!r} stands in {mutant.file} {num_found} times"
+        text = text.replace(before, after)
+    return text
 
 
 def judge(built: kernels.Built, mutant: Mutant) -> Verdict:
