@@ -14,8 +14,8 @@ from tests.sass.objects import ARCHS, HOPPER
 # registers, so 128 is all there is: beyond it a kernel spills. The combine halves take it for the rows that they have
 # on their way.
 REGISTERS = {
-    "dispatch_send_kernel": 120,
-    "dispatch_recv_kernel": 112,
+    "dispatch_send_kernel": 116,
+    "dispatch_recv_kernel": 100,
     "combine_send_kernel": 128,
     "combine_recv_kernel": 128,
 }
@@ -64,6 +64,8 @@ TO_E4M3 = r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C"
 STREAM_LOAD = r"LDG\.E\.NA\.LTC(128|256)B\.128\.CONSTANT"
 STORE_16 = r"STG?\.E\.128"
 LOAD_16 = r"LDG?\.E\.(\S+\.)?128"
+KEPT_LOAD_16 = r"LDG?\.E\.(?!NA\b)(\S+\.)?128"  # its line stays in the first cache
+PROXY_FENCE = r"FENCE\.VIEW\.ASYNC"
 
 RULES = (
     Rule("", "no local memory is touched", lacks(r"(LDL|STL)\b")),
@@ -78,6 +80,10 @@ RULES = (
     Rule("dispatch_send", "reads x 16 bytes a load, past the first cache", has(STREAM_LOAD)),
     Rule(QUANTISES, "converts to FP8 two numbers an instruction", has(TO_E4M3), HOPPER_ON),
     Rule(COPIES, "converts nothing", lacks(r"F2FP\S*E4M3")),
+    # The wide one would wait for each row that the token before it sent to the other ranks.
+    Rule("dispatch_send", "fences its stages", has(PROXY_FENCE), HOPPER_ON),
+    Rule("dispatch_send", "fences no more than its stages", lambda kernel: not kernel.has_wide_proxy_fence()),
+    Rule("dispatch_recv", "fences what peers wrote", Kernel.has_wide_proxy_fence, HOPPER_ON),
     Rule("dispatch_recv", "waits by an acquire at system scope", Kernel.has_acquire_sys),
     Rule("dispatch_recv", "fetches rows by bulk copies", has(BULK_LOAD), HOPPER_ON),
     Rule("dispatch_recv", "writes rows by bulk copies", has(BULK_STORE), HOPPER_ON),
@@ -89,11 +95,15 @@ RULES = (
     Rule(MOVES_ROWS, "fetches rows by bulk copies", has(BULK_LOAD), HOPPER_ON),
     Rule(MOVES_ROWS, "sends rows by bulk copies", has(BULK_STORE), HOPPER_ON),
     Rule(SUMS_ROWS, "reads 16 bytes a load", has(LOAD_16)),
+    Rule(SUMS_ROWS, "reads rows that leave the second cache first", Kernel.has_evict_first),
+    Rule(SUMS_ROWS, "reads no row into the first cache", lacks(KEPT_LOAD_16)),
     Rule(SUMS_ROWS, "sends 16 bytes a store", has(STORE_16)),
     # Multiplied and added, each rounded once, as on the other engines: fused, the sum has other bits.
     Rule(SUMS_ROWS, "sums without a fused multiply-add", lacks(r"FFMA\b")),
     Rule("combine_recv", "waits by an acquire at system scope", Kernel.has_acquire_sys),
     Rule("combine_recv", "reads 16 bytes a load", has(LOAD_16)),
+    Rule("combine_recv", "reads rows that leave the second cache first", Kernel.has_evict_first),
+    Rule("combine_recv", "reads no row into the first cache", lacks(KEPT_LOAD_16)),
     Rule("combine_recv", "writes 16 bytes a store", has(STORE_16)),
     Rule("combine_recv", "sums without a fused multiply-add", lacks(r"FFMA\b")),
     Rule("combine_recv", "no FP8", lacks(r"F2FP\S*E4M3")),

@@ -47,6 +47,17 @@ class Kernel:
         """A fence at system scope, and then a store at system scope."""
         return self._follows(r"MEMBAR\.(ALL|SC)\.SYS", r"STG?\.E(\.64)?\.STRONG\.SYS", 24)
 
+    def has_evict_first(self) -> bool:
+        """A load of 16 bytes that its lines do not outlive in the second cache.
+
+        The policy is in the descriptor: written down whole for sm_80, put together from 0x120 and 0xf0 after it.
+        """
+        return self._follows(r"\S*MOV\S* U?R\d+, (RZ, RZ, )?0x(12f00000|120)$", r"LDG\.E\.NA\.128", 32)
+
+    def has_wide_proxy_fence(self) -> bool:
+        """A fence between ordinary accesses and bulk copies that is for global memory, too: it waits for stores."""
+        return self._follows(r"MEMBAR\.\w+\.(GPU|SYS)", r"FENCE\.VIEW\.ASYNC", 2)
+
     def _follows(self, first: str, second: str, within: int) -> bool:
         return any(
             re.match(first, line)

@@ -59,6 +59,20 @@ def test_order_is_an_instruction_and_its_fence() -> None:
     assert Kernel("k", ["MEMBAR.SC.SYS", "ERRBAR", store]).has_release_sys()
 
 
+def test_a_policy_is_in_the_descriptor_of_its_load() -> None:
+    load = "LDG.E.NA.128 R4, desc[UR4][R2.64]"
+    assert Kernel("k", ["IMAD.MOV.U32 R5, RZ, RZ, 0x12f00000", "R2UR UR5, R5", load]).has_evict_first()
+    assert Kernel("k", ["UMOV UR4, 0xf0", "UMOV UR5, 0x120", "USHF.L.U32 UR5, UR5, 0x14, URZ", load]).has_evict_first()
+    assert not Kernel("k", ["UMOV UR4, 0xf0", "UMOV UR5, 0x140", load]).has_evict_first()
+    assert not Kernel("k", ["ULDC.64 UR4, c[0x0][0x208]", load]).has_evict_first()
+    assert not Kernel("k", ["UMOV UR5, 0x120", "LDG.E.128 R4, desc[UR4][R2.64]"]).has_evict_first()
+
+
+def test_a_proxy_fence_is_wide_behind_one_of_the_device() -> None:
+    assert Kernel("k", ["MEMBAR.ALL.CTA", "MEMBAR.ALL.GPU", "FENCE.VIEW.ASYNC.S"]).has_wide_proxy_fence()
+    assert not Kernel("k", ["MEMBAR.ALL.CTA", "FENCE.VIEW.ASYNC.S"]).has_wide_proxy_fence()
+
+
 def test_a_report_is_no_complaint_and_a_warning_is() -> None:
     assert complaints(LOG) == []
     warning = "ptxas warning : Local memory used for function 'k', size of stack frame: 16 bytes"
