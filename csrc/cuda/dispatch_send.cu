@@ -197,7 +197,7 @@ MOEBIUS_DEVICE void send_tokens(const SendLaunch& l,
       if (token != sender->found) d = find_ranks(p, sender->found = token, shared);
       find_cells(p, slot, token, begin, shared, &d);
     }
-    // By another warp than the one that sends the head.
+    // By another warp than those that send the first heads.
     if (item.part == l.num_slices - 1) note_replies(p.self, slot, token, d);
     if (d.firsts == 0) {
       sender->advance(l);

@@ -218,7 +218,8 @@ MUTANTS = [
     ),
     Mutant(
         "dr-no-barrier-before-count", RECV,
-        "sources[i]);\n    }\n  }\n  sync_block();\n}", "sources[i]);\n    }\n  }\n}",
+        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n  }\n  sync_block();\n",
+        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n  }\n",
         "cells are counted that are not listed yet", "plain",
     ),
     Mutant(
@@ -265,18 +266,33 @@ MUTANTS = [
     ),
     Mutant(
         "dr-odd-id-not-masked", RECV,
-        "      if (2 * pair.part + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;  // what follows is no id\n", "",
+        "        if (2 * (first + i) + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;\n", "",
         "with an odd number of choices, what follows the ids is taken for one", "plain",
     ),
     Mutant(
         "dr-last-id-masked", RECV,
-        "      if (2 * pair.part + 1 == s.num_topk) ids[i]", "      if (2 * pair.part + 2 >= s.num_topk) ids[i]",
+        "(first + i) + 1 == s.num_topk)", "(first + i) + 2 >= s.num_topk)",
         "with an even number of choices, the last one is lost", "interleaved",
     ),
     Mutant(
-        "dr-second-pair-of-the-first-cell", RECV,
-        "      const int item = (first + i * num_threads()) / num_pairs;", "      const int item = first / num_pairs;",
-        "a thread's second pair of ids is listed under the cell of its first", "four-ranks",
+        "dr-second-pair-is-the-first", RECV,
+        "load(pairs + first + i) : ~uint64_t{0}", "load(pairs + first) : ~uint64_t{0}",
+        "the second pair of ids of a cell is taken for its first", "four-ranks",
+    ),
+    Mutant(
+        "dr-range-from-the-start", RECV,
+        "      from = load(range) >> 32;  // of a chunk before\n", "",
+        "rows of a source that go on in another chunk seem to begin at none", "chunks",
+    ),
+    Mutant(
+        "ds-heads-of-the-first-slice", SEND,
+        "      if (item.part == who) send_head", "      if (item.part == 0 && who == 0) send_head",
+        "only some cells get a head", "windows",
+    ),
+    Mutant(
+        "ds-ranks-of-the-token-before", SEND,
+        "      if (token != sender->found) d = find_ranks", "      if (sender->found < 0) d = find_ranks",
+        "a token goes where the warp's first one went", "plain",
     ),
     Mutant(
         "dr-cell-of-the-source-before", RECV,
@@ -314,17 +330,18 @@ MUTANTS = [
     ),
     Mutant(
         "dr-bad-id-left-out", RECV,
-        "          is_good[i] = false;\n", "",
+        "          is_good = false;\n", "",
         "a cell that names no expert is received as if it were good", "bad-cell",
     ),
     Mutant(
         "dr-reply-row-not-looked-at", RECV,
-        "      if (pair.part == 0) is_good[i] = is_sane(self, cell.at);\n", "",
+        "    bool is_good = is_sane(self, cell.at);\n", "    bool is_good = true;\n",
         "a reply would go anywhere", "bad-cell",
     ),
     Mutant(
-        "dr-source-of-the-other-pair", RECV,
-        "fail_cell(self, begun.epoch, sources[i]);", "fail_cell(self, begun.epoch, sources[i] ^ 1);",
+        "dr-wrong-source-blamed", RECV,
+        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n",
+        "    if (!is_good) fail_cell(self, begun.epoch, cell.src ^ 1);\n",
         "a rank is blamed for another's cell", "bad-cell",
     ),
     Mutant(
@@ -341,7 +358,7 @@ MUTANTS = [
         "dr-token-arrives-before-the-barrier", RECV,
         "  sync_block();\n  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
         "  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
-        "the last block reads counts to which others have not added", "token-major-fp8",
+        "the last block reads counts to which others have not added", "token-major", num_seeds=1500,
     ),
     Mutant(
         "dr-arrives-with-every-chunk", RECV,

@@ -62,6 +62,7 @@ def judge(built: kernels.Built, mutant: Mutant) -> Verdict:
     program = built.with_changed(mutant.file, changed(mutant, built.texts[mutant.file]), mutant.kernels)
     is_right, said = kernels.run(program, mutant.case, FIRST_SEED, mutant.num_seeds, timeout_s=60)
     program.unlink()
+    assert "no case " not in said, f"{mutant.name}: {said}"
     wrong = re.search(r"WRONG at seed (\d+), after (\d+) good ones", said)
     num_seeds = int(wrong[2]) + 1 if wrong else 0
     if not is_right and wrong:
