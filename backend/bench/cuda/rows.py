@@ -10,7 +10,7 @@ from .fit import two_terms
 from .schedules import HALVES, OPS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .hbm import CopyBound
     from .measure import Measured
@@ -21,8 +21,6 @@ COLUMNS = (
     "p50_us", "p99_us", "samples", "moved_bytes", "gbps", "bound_us", "times_bound", "stream_us", "baseline_p50_us",
     "speedup",
 )  # fmt: skip
-# Where the baseline's time of an op is found: it needs joins between its halves.
-_PLAIN = {"round": "lockstep", **dict.fromkeys(HALVES, "by_half")}
 
 
 def slowest(processes: list[Measured]) -> dict[tuple[str, str, str, str], list[float]]:
@@ -86,9 +84,17 @@ def point_rows(point: Point, processes: list[Measured], bound: CopyBound | None)
 
 
 def _baseline_us(samples: dict[tuple[str, str, str, str], list[float]], mode: str, op: str) -> float | None:
-    """Median of torch's time for an op; of dispatch and combine, that of both halves added, round by round."""
-    halves = OPS.get(op, (op,))
-    found = [samples.get(("torch", mode, _PLAIN[half], half)) for half in halves]
+    """Median of torch's time for an op: its halves added, round by round; of the round the lockstep if that is less."""
+    if op == "round":
+        both = (_plain_us(samples, mode, "lockstep", ("round",)), _plain_us(samples, mode, "by_half", HALVES))
+        return min((one for one in both if one is not None), default=None)
+    return _plain_us(samples, mode, "by_half", OPS.get(op, (op,)))
+
+
+def _plain_us(
+    samples: dict[tuple[str, str, str, str], list[float]], mode: str, schedule: str, halves: Sequence[str]
+) -> float | None:
+    found = [samples.get(("torch", mode, schedule, half)) for half in halves]
     whole = [values for values in found if values]
     if len(whole) < len(halves):
         return None

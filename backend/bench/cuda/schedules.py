@@ -91,8 +91,10 @@ def play(device: Device, exchange: Exchange, schedule: Schedule, rounds: int) ->
                         exchange.step(lane, half, number)
             if not schedule.is_chained:
                 device.join()
-            if schedule.is_stamped:
-                stamps.append(device.stamp())
+                # In a graph also without a use for it: a node to wait for, or each lane would wait for every lane.
+                stamp = device.stamp()
+                if schedule.is_stamped:
+                    stamps.append(stamp)
     if schedule.is_chained:
         device.join()
     if not schedule.is_stamped:
