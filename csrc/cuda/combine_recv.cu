@@ -81,8 +81,8 @@ struct Sums {
     sum->row = row >= 0 ? p.self.heap + p.self.layout.reply(slot, row) : nullptr;
     sum->weight = weight;
     sum->which = ballot(row >= 0);
-    sum->begin = part.part * kUnroll * kWarp;
-    sum->end = static_cast<int>(min_of(sum->begin + kUnroll * kWarp, num_vectors));
+    sum->begin = part.part * kSumUnroll * kWarp;
+    sum->end = static_cast<int>(min_of(sum->begin + kSumUnroll * kWarp, num_vectors));
     item += Share::of_grid().num_warps;
     find();
     return true;

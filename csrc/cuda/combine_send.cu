@@ -55,8 +55,8 @@ struct Sums {
     ahead.row = expert_row(p, slot, reply, lane());
     ahead.weight = lane() < num_topk ? load(weights + lane()) : 0.0f;
     ahead.out = reply.row < 0 ? nullptr : place_of(p.self, slot, reply, 0, part.whole, wave);
-    ahead.begin = part.part * kUnroll * kWarp;
-    ahead.end = static_cast<int>(min_of(ahead.begin + kUnroll * kWarp, num_vectors));
+    ahead.begin = part.part * kSumUnroll * kWarp;
+    ahead.end = static_cast<int>(min_of(ahead.begin + kSumUnroll * kWarp, num_vectors));
   }
 
   MOEBIUS_DEVICE bool next(Sum* sum) {

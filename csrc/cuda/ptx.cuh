@@ -6,7 +6,8 @@
 #define MOEBIUS_DEVICE __device__ __forceinline__
 // For what seldom runs, or only waits: a kernel with few rows mostly fetches instructions, and
 // these would stand between those that it needs.
-#define MOEBIUS_COLD __device__ __noinline__ inline
+// Static: of what other programs could call (-rdc), arguments would go by the stack.
+#define MOEBIUS_COLD [[maybe_unused]] static __device__ __noinline__
 #define MOEBIUS_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define MOEBIUS_PARAMS const __grid_constant__
 

@@ -10,12 +10,14 @@ namespace moebius::cuda {
 // Of every kernel; few for the host executor, which pays for each thread.
 #if defined(MOEBIUS_SIMT)
 constexpr int kWarpsPerBlock = 2;
-constexpr int kUnroll = 2;  // 16-byte vectors that a lane has in flight
+constexpr int kUnroll = 2;     // 16-byte vectors that a lane has in flight
+constexpr int kSumUnroll = 2;  // of a row that is summed
 constexpr int kStageBytes = 1024;
 constexpr int kFewItems = 2;  // that a grid of one block does
 #else
 constexpr int kWarpsPerBlock = 16;
 constexpr int kUnroll = 4;
+constexpr int kSumUnroll = kHasNetwork ? 2 : 4;  // what posts besides has registers for no more
 constexpr int kStageBytes = 4096;
 constexpr int kFewItems = 16;
 #endif

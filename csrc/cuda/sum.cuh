@@ -9,7 +9,7 @@ namespace moebius::cuda {
 
 // Slices of a row, for a warp each; few rows are then spread over many warps.
 MOEBIUS_HD constexpr int num_slices(int64_t row_bytes) {
-  return static_cast<int>((row_bytes / 16 + kUnroll * kWarp - 1) / (kUnroll * kWarp));
+  return static_cast<int>((row_bytes / 16 + kSumUnroll * kWarp - 1) / (kSumUnroll * kWarp));
 }
 
 // One sum: out[v] = sum over the lanes in `which`, ascending, of weight * row[v], for the 16-byte
@@ -26,7 +26,7 @@ struct Sum {
 MOEBIUS_DEVICE void fetch_row(const Sum& sum, int from, bool is_empty, Vec16* raw) {
   const auto* vectors = reinterpret_cast<const Vec16*>(shfl(sum.row, from));
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < kSumUnroll; ++u) {
     const int v = sum.begin + u * kWarp + lane();
     raw[u] = Vec16{{0, 0, 0, 0}};
     if (!is_empty && v < sum.end) raw[u] = load_last(vectors + v);
@@ -40,13 +40,13 @@ MOEBIUS_DEVICE void sum_rows(Items& items) {
   constexpr int kCount = Numbers<kDtype>::kCount;
   Sum sum, after;
   if (!items.next(&sum)) return;
-  Vec16 ahead[kUnroll];
+  Vec16 ahead[kSumUnroll];
   fetch_row(sum, lowest(sum.which) & (kWarp - 1), sum.which == 0, ahead);
   for (bool is_more = true; is_more; sum = after) {
     is_more = items.next(&after);
-    float sums[kUnroll][kCount];
+    float sums[kSumUnroll][kCount];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kSumUnroll; ++u) {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sums[u][c] = 0.0f;
     }
@@ -54,16 +54,16 @@ MOEBIUS_DEVICE void sum_rows(Items& items) {
     do {
       const float w = kHasWeights ? shfl(sum.weight, lowest(rest) & (kWarp - 1)) : 1.0f;
       rest &= rest - 1;
-      Vec16 raw[kUnroll];
+      Vec16 raw[kSumUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];
+      for (int u = 0; u < kSumUnroll; ++u) raw[u] = ahead[u];
       if (rest != 0) {
         fetch_row(sum, lowest(rest), false, ahead);
       } else if (is_more) {
         fetch_row(after, lowest(after.which) & (kWarp - 1), after.which == 0, ahead);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kSumUnroll; ++u) {
         float f[kCount];
         Numbers<kDtype>::widen(raw[u], f);
 #pragma unroll
@@ -73,7 +73,7 @@ MOEBIUS_DEVICE void sum_rows(Items& items) {
       }
     } while (rest != 0);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kSumUnroll; ++u) {
       const int v = sum.begin + u * kWarp + lane();
       if (v < sum.end)
         store(reinterpret_cast<Vec16*>(sum.out) + v, Numbers<kDtype>::narrow(sums[u]));

@@ -129,7 +129,7 @@ MUTANTS = [
     ),
     Mutant(
         "cs-slice-of-the-first", SEND,
-        "    ahead.begin = part.part * kUnroll * kWarp;", "    ahead.begin = 0;",
+        "    ahead.begin = part.part * kSumUnroll * kWarp;", "    ahead.begin = 0;",
         "only the beginning of long rows is summed", "windows",
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant(
         "sum-fetched-before-it-is-taken", SUM,
-        "      for (int u = 0; u < kUnroll; ++u) raw[u] = ahead[u];\n", "",
+        "      for (int u = 0; u < kSumUnroll; ++u) raw[u] = ahead[u];\n", "",
         "a row is added in place of the one before it", "plain", ("combine_recv",),
         also=(("        float f[kCount];\n        Numbers<kDtype>::widen(raw[u], f);",
                "        float f[kCount];\n        raw[u] = ahead[u];\n        Numbers<kDtype>::widen(raw[u], f);"),),

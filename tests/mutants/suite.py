@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from tests.helpers import kernels
 
-from . import combine, dispatch, shared
+from . import combine, dispatch_recv, dispatch_send, shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .mutant import Mutant
 
-MUTANTS: list[Mutant] = [*dispatch.MUTANTS, *combine.MUTANTS, *shared.MUTANTS]
+MUTANTS: list[Mutant] = [*dispatch_send.MUTANTS, *dispatch_recv.MUTANTS, *combine.MUTANTS, *shared.MUTANTS]
 FIRST_SEED = 1
 
 

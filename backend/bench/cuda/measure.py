@@ -121,6 +121,8 @@ class Bench:
         # A device that will not run the ranks side by side does not learn to: each more try costs its deadline.
         are_resident = found.sms * lanes <= device.num_sms and self._hung < MOST_HUNG
         schedules = schedules_of(point, are_resident)
+        if not device.is_cuda:  # whose calls wait, so that one lane cannot begin the dispatch that another waits for
+            schedules = tuple(one for one in schedules if one is not CHAINED_DISPATCH)
         for mode, schedule in itertools.product(point.modes, schedules):
             job = functools.partial(self._ours, point, found, mode, schedule, many)
             if not attempt(f"{mode} {schedule.name}", job) and schedule is CHAINED and LOCKSTEP not in schedules:
