@@ -285,8 +285,8 @@ MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
     const int end = static_cast<int>(min_of(begin + chunk, num_cells));
     mover.rows.chunk_begin = begin;
     list_cells(p.self, begun, begin, end, shared);
-    mover.start(end -
-                begin);  // not before: what the list is made from would stand behind in the queue
+    // Not before: what the list is made from would stand behind these loads in the queue.
+    mover.start(end - begin);
     shared.positions.count();
     sync_block();
     // Nothing fails from here on: the blocks meet while the rows are on their way.

@@ -36,8 +36,8 @@ MUTANTS = [
         "plain",
         also=(
             (
-                "behind in the queue\n    shared.positions.count();",
-                "behind in the queue\n    fence_proxy_async();\n    shared.positions.count();",
+                "mover.start(end - begin);\n    shared.positions.count();",
+                "mover.start(end - begin);\n    fence_proxy_async();\n    shared.positions.count();",
             ),
         ),
     ),
