@@ -18,6 +18,7 @@ class Shape:
         scale_bytes: int,
         reply_bytes: int,
         has_weights: bool,
+        has_positions: bool,
         has_outbox: bool = False,
     ) -> None: ...
 

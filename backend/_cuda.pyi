@@ -45,6 +45,7 @@ class Engine:
         scale_bytes: int,
         reply_bytes: int,
         has_weights: bool,
+        has_positions: bool,
         is_token_major: bool,
         scale_format: int,
         output_dtype: int,

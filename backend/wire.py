@@ -91,6 +91,7 @@ def shape_fields(config: Config, num_ranks: int) -> dict[str, Any]:
         "scale_bytes": wire.scale_bytes,
         "reply_bytes": wire.reply_bytes,
         "has_weights": config.weights_at == "dispatch",
+        "has_positions": config.layout == "expert_major",
     }
 
 

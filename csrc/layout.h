@@ -11,7 +11,8 @@
 //   while
 //                   it waits long, that it lives and for whom it waits
 //   signals         D x R x {dispatch, combine}, one per 128 bytes
-//   dispatch inbox  D x R x M cells: every source may send all its tokens here
+//   dispatch inbox  D x R x M cells: every source may send all its tokens here; before those of a
+//                   source, with positions, how many of its rows each local expert gets
 //   combine inbox   D x rows: the source assigns the rows, so the count is exact
 //   workspace       D x what the halves of a round tell each other; never touched by a peer
 //   outbox          with remote ranks only: what leaves over the network, until it has left; one,
@@ -98,7 +99,8 @@ struct Shape {
   int64_t payload_bytes;  // of one token
   int64_t scale_bytes;    // of one token, as they travel
   int64_t reply_bytes;    // of one row that combine sends
-  bool has_weights;  // weights travel with dispatch, so combine is reduced on the expert's rank
+  bool has_weights;    // weights travel with dispatch, so combine is reduced on the expert's rank
+  bool has_positions;  // room for what a source says of the rows of single experts: expert_major
   bool has_outbox = false;  // some rank of the group is remote to another
 
   MOEBIUS_HD constexpr int32_t num_local_experts() const { return num_experts / num_ranks; }
@@ -113,8 +115,9 @@ struct Shape {
   }
 };
 
-// Head of a cell's header; `num_topk` local experts (int32, -1: not here) and, with `has_weights`,
-// as many weights (float) follow.
+// Head of a cell's header; `num_topk` local experts (int32, -1: not here), with `has_weights` as
+// many weights (float), and with `has_positions` as many positions (int32) follow: how many tokens
+// before this one its source sends to that expert. Counts and positions are the CUDA engine's.
 struct CellHead {
   int32_t token;      // index at the source
   int32_t reply_row;  // row of the source's combine inbox that takes the reply; plus the choice,
@@ -123,7 +126,7 @@ struct CellHead {
 
 struct HeapLayout {
   Shape shape;
-  int64_t scales_in_cell, head_in_cell, cell_bytes, reply_stride;
+  int64_t scales_in_cell, head_in_cell, cell_bytes, counts_bytes, reply_stride;
   int64_t control, masks, refusals, beats, signals, dispatch_inbox, combine_inbox, workspace,
       outbox_cells, outbox_replies, total;
   // In the workspace of a slot:
@@ -136,8 +139,10 @@ struct HeapLayout {
     h.scales_in_cell = align_up(s.payload_bytes, kVectorBytes);
     h.head_in_cell = align_up(h.scales_in_cell + s.scale_bytes, kVectorBytes);
     const int64_t head_bytes =
-        int64_t{sizeof(CellHead)} + int64_t{s.num_topk} * (s.has_weights ? 8 : 4);
+        int64_t{sizeof(CellHead)} +
+        4 * int64_t{s.num_topk} * (1 + (s.has_weights ? 1 : 0) + (s.has_positions ? 1 : 0));
     h.cell_bytes = align_up(h.head_in_cell + head_bytes, kLineBytes);
+    h.counts_bytes = s.has_positions ? align_up(4 * s.num_local_experts(), kLineBytes) : 0;
     h.reply_stride = align_up(s.reply_bytes, kLineBytes);
 
     h.control = 0;
@@ -147,7 +152,7 @@ struct HeapLayout {
     h.beats = h.refusals + align_up(4 * int64_t{s.num_ranks}, kLineBytes);  // the same
     h.signals = h.beats + (s.has_outbox ? s.num_ranks * kLineBytes : 0);
     h.dispatch_inbox = h.signals + int64_t{s.depth} * s.num_ranks * 2 * kLineBytes;
-    h.combine_inbox = h.dispatch_inbox + s.depth * num_cells * h.cell_bytes;
+    h.combine_inbox = h.dispatch_inbox + int64_t{s.depth} * s.num_ranks * h.source_bytes();
     h.workspace =
         h.combine_inbox + s.depth * s.max_num_tokens * s.replies_per_token() * h.reply_stride;
 
@@ -160,7 +165,8 @@ struct HeapLayout {
     h.workspace_bytes =
         h.cell_rows + align_up(4 * num_cells * s.num_topk, kLineBytes);  // int32 [R, M, K]
     h.outbox_cells = h.workspace + s.depth * h.workspace_bytes;
-    h.outbox_replies = h.outbox_cells + s.outbox_rows() * h.cell_bytes;
+    h.outbox_replies = h.outbox_cells + s.outbox_rows() * h.cell_bytes +
+                       (s.has_outbox ? s.num_ranks * h.counts_bytes : 0);
     h.total = align_up(h.outbox_replies + s.outbox_rows() * h.reply_stride, kPageBytes);
     return h;
   }
@@ -174,9 +180,26 @@ struct HeapLayout {
     return signals +
            ((int64_t{slot} * shape.num_ranks + src_rank) * 2 + static_cast<int>(kind)) * kLineBytes;
   }
+  // Of what one source may send in a round.
+  MOEBIUS_HD constexpr int64_t source_bytes() const {
+    return counts_bytes + shape.max_num_tokens * cell_bytes;
+  }
+  // int32 [L] rows of the source at each local expert; with positions.
+  MOEBIUS_HD constexpr int64_t counts(int slot, int src_rank) const {
+    return dispatch_inbox + (int64_t{slot} * shape.num_ranks + src_rank) * source_bytes();
+  }
   MOEBIUS_HD constexpr int64_t cell(int slot, int src_rank, int64_t i) const {
-    return dispatch_inbox +
-           ((int64_t{slot} * shape.num_ranks + src_rank) * shape.max_num_tokens + i) * cell_bytes;
+    return counts(slot, src_rank) + counts_bytes + i * cell_bytes;
+  }
+  // In a cell: its experts; its weights; its positions.
+  MOEBIUS_HD constexpr int64_t ids_in_cell() const {
+    return head_in_cell + int64_t{sizeof(CellHead)};
+  }
+  MOEBIUS_HD constexpr int64_t weights_in_cell() const {
+    return ids_in_cell() + 4 * int64_t{shape.num_topk};
+  }
+  MOEBIUS_HD constexpr int64_t positions_in_cell() const {
+    return weights_in_cell() + (shape.has_weights ? 4 * int64_t{shape.num_topk} : 0);
   }
   MOEBIUS_HD constexpr int64_t reply(int slot, int64_t row) const {
     return combine_inbox +
@@ -185,8 +208,13 @@ struct HeapLayout {
   MOEBIUS_HD constexpr int64_t beat(int src) const { return beats + src * kLineBytes; }
   // Where `src` says that it has given this rank up.
   MOEBIUS_HD constexpr int64_t refusal(int src) const { return refusals + 4 * int64_t{src}; }
-  MOEBIUS_HD constexpr int64_t outbox_cell(int64_t i) const {
-    return outbox_cells + i * cell_bytes;
+  // What leaves for rank `dst`, as it will lie there: counts, then cells. `i` counts the cells of
+  // the ranks before it, too.
+  MOEBIUS_HD constexpr int64_t outbox_counts(int dst, int64_t i) const {
+    return outbox_cells + dst * counts_bytes + i * cell_bytes;
+  }
+  MOEBIUS_HD constexpr int64_t outbox_cell(int dst, int64_t i) const {
+    return outbox_counts(dst, i) + counts_bytes;
   }
   MOEBIUS_HD constexpr int64_t outbox_reply(int64_t row) const {
     return outbox_replies + row * reply_stride;

@@ -70,6 +70,7 @@ void bind_layout(py::module_& m) {
                        int64_t scale_bytes,
                        int64_t reply_bytes,
                        bool has_weights,
+                       bool has_positions,
                        bool has_outbox) {
              return Shape{num_ranks,
                           num_experts,
@@ -80,6 +81,7 @@ void bind_layout(py::module_& m) {
                           scale_bytes,
                           reply_bytes,
                           has_weights,
+                          has_positions,
                           has_outbox};
            }),
            py::kw_only(),
@@ -92,6 +94,7 @@ void bind_layout(py::module_& m) {
            py::arg("scale_bytes"),
            py::arg("reply_bytes"),
            py::arg("has_weights"),
+           py::arg("has_positions"),
            py::arg("has_outbox") = false);
 
   py::class_<HeapLayout>(m, "HeapLayout")
@@ -99,9 +102,7 @@ void bind_layout(py::module_& m) {
       .def_readonly("total", &HeapLayout::total)
       .def_readonly("cell_bytes", &HeapLayout::cell_bytes)
       .def_readonly("scales_in_cell", &HeapLayout::scales_in_cell)
-      .def_property_readonly(
-          "ids_in_cell",
-          [](const HeapLayout& h) { return h.head_in_cell + int64_t{sizeof(CellHead)}; })
+      .def_property_readonly("ids_in_cell", [](const HeapLayout& h) { return h.ids_in_cell(); })
       .def_property_readonly("reply_stride", [](const HeapLayout& h) { return h.reply_stride; })
       .def("cell", &HeapLayout::cell)
       .def("regions", [](const HeapLayout& h) {

@@ -25,10 +25,9 @@ bool is_own_signal(const HeapLayout& layout, int src, int64_t signal) {
 }
 
 bool is_own_data(const HeapLayout& layout, int src, const Message& m) {
-  const int64_t cells_bytes = int64_t{layout.shape.max_num_tokens} * layout.cell_bytes;
   for (int slot = 0; slot < layout.shape.depth; ++slot) {
-    const int64_t begin = layout.cell(slot, src, 0);
-    if (is_within(m.offset, m.num_bytes, begin, begin + cells_bytes)) return true;
+    const int64_t begin = layout.counts(slot, src);
+    if (is_within(m.offset, m.num_bytes, begin, begin + layout.source_bytes())) return true;
     const int64_t rows = layout.reply(slot, 0);
     if (is_within(m.offset, m.num_bytes, rows, layout.reply(slot + 1, 0))) return true;
   }

@@ -74,7 +74,7 @@ void Engine::send_cells_remote(int dst, int slot, uint64_t epoch, const Dispatch
     const int64_t in_chunk = std::max<int64_t>(config_.chunk_bytes / cell_bytes, 1);
     most = static_cast<int32_t>(std::min<int64_t>(in_chunk, num_tokens));
   }
-  std::byte* cells = heap(rank_, layout_.outbox_cell(reply_base_[dst]));
+  std::byte* cells = heap(rank_, layout_.outbox_cell(dst, reply_base_[dst]));
   int32_t num_put = 0;
   for (int32_t i = 0; i < num_tokens; ++i) {
     fill_cell(cells + i * cell_bytes, dst, i, args);

@@ -50,8 +50,7 @@ struct Sums {
     const int num_topk = layout.shape.num_topk;
     const Part part = Part::at(item, slices);
     const Reply reply = find_reply(p.self, slot, part.whole, shared);
-    const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.head_in_cell +
-                                                         sizeof(CellHead) + 4 * int64_t{num_topk});
+    const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.weights_in_cell());
     ahead.row = expert_row(p, slot, reply, lane());
     ahead.weight = lane() < num_topk ? load(weights + lane()) : 0.0f;
     ahead.out = reply.row < 0 ? nullptr : place_of(p.self, slot, reply, 0, part.whole, wave);
@@ -87,6 +86,7 @@ struct ToSources {
     if (p.self.is_token_major) return p.expert_out + r.number * p.row_stride;
     return expert_row(p, slot, r, unit % choices);
   }
+  MOEBIUS_DEVICE void ask(int, bool) const {}
   MOEBIUS_DEVICE void begin(int row, bool) {
     const int unit = wave.begin + row;
     const Reply r = find_reply(p.self, slot, unit / choices, shared);

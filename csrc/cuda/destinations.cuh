@@ -7,8 +7,13 @@ namespace moebius::cuda {
 
 constexpr int kStageScales = kStageBytes / kScaleGroup;
 
+// Columns of the positions: the ranks, and then the experts, if they are wanted.
+MOEBIUS_HD constexpr int num_lists(const Shape& s) {
+  return s.num_ranks + (s.has_positions ? s.num_experts : 0);
+}
+
 struct SendShared {
-  Positions positions;
+  Positions positions;  // see num_lists
   std::byte** heaps;    // [R]
   int32_t* is_alive;    // [R]
   int32_t* num_sent;    // [R]
@@ -17,14 +22,15 @@ struct SendShared {
   std::byte* stages;  // of this warp: two
   float* scales;      // of this warp: of one slice
 
-  MOEBIUS_DEVICE static SendShared in(std::byte* at, int num_ranks, int num_words) {
+  MOEBIUS_DEVICE static SendShared in(std::byte* at, const Shape& shape, int num_words) {
+    const int num_ranks = shape.num_ranks;
     SendShared s;
     s.stages = at + warp_index() * 2 * kStageBytes;
     at += kWarpsPerBlock * 2 * kStageBytes;
     s.scales = reinterpret_cast<float*>(at) + warp_index() * kStageScales;
     at += kWarpsPerBlock * kStageScales * sizeof(float);
-    s.positions = Positions::in(at, num_ranks, num_words);
-    at += positions_bytes(num_ranks, num_words);
+    s.positions = Positions::in(at, num_lists(shape), num_words);
+    at += positions_bytes(num_lists(shape), num_words);
     s.heaps = reinterpret_cast<std::byte**>(at);
     s.is_alive = reinterpret_cast<int32_t*>(s.heaps + num_ranks);
     s.num_sent = s.is_alive + num_ranks;
@@ -32,9 +38,9 @@ struct SendShared {
     s.ending = reinterpret_cast<Ending*>(s.reply_base + num_ranks);
     return s;
   }
-  static size_t num_bytes(int num_ranks, int num_words) {
+  static size_t num_bytes(const Shape& s, int num_words) {
     return kWarpsPerBlock * (2 * kStageBytes + kStageScales * sizeof(float)) +
-           positions_bytes(num_ranks, num_words) + 20 * static_cast<size_t>(num_ranks) +
+           positions_bytes(num_lists(s), num_words) + 20 * static_cast<size_t>(s.num_ranks) +
            sizeof(Ending);
   }
 };
@@ -55,6 +61,7 @@ struct Destinations {
   int32_t id;         // -1: nowhere
   int32_t dst;        // -1: nowhere
   float weight;       // of the choice
+  int32_t position;   // among the tokens of `id`
   int32_t reply_row;  // for that of the first choice of `dst`, at the source
   std::byte* cell;    // likewise
   uint32_t firsts;    // lanes with the first choice of their rank
@@ -66,7 +73,7 @@ MOEBIUS_DEVICE Destinations find_ranks(const DispatchSendParams& p,
                                        const SendShared& shared) {
   const Shape& s = p.self.layout.shape;
   const int64_t at = int64_t{token} * s.num_topk + lane();
-  Destinations d{-1, -1, 0.0f, 0, nullptr, 0};
+  Destinations d{-1, -1, 0.0f, 0, 0, nullptr, 0};
   if (lane() < s.num_topk) {
     d.id = id_at(p, at);
     if (s.has_weights) d.weight = load(p.topk_weights + at);
@@ -95,14 +102,18 @@ MOEBIUS_DEVICE void find_cells(const DispatchSendParams& p,
                                Destinations* found) {
   const Shape& s = p.self.layout.shape;
   Destinations& d = *found;
+  if (s.has_positions && d.id >= 0) {
+    d.position = shared.positions.find(s.num_ranks + d.id, token - chunk_begin);
+  }
   if ((d.firsts >> lane() & 1u) != 0) {
     const int position = shared.positions.find(d.dst, token - chunk_begin);
     d.reply_row = s.has_weights ? load(shared.reply_base + d.dst) + position : token * s.num_topk;
     std::byte* heap = load(shared.heaps + d.dst);
+    const HeapLayout& layout = p.self.layout;
     d.cell =
         kHasNetwork && heap == nullptr
-            ? p.self.heap + p.self.layout.outbox_cell(load(shared.reply_base + d.dst) + position)
-            : heap + p.self.layout.cell(slot, p.self.rank, position);
+            ? p.self.heap + layout.outbox_cell(d.dst, load(shared.reply_base + d.dst) + position)
+            : heap + layout.cell(slot, p.self.rank, position);
   }
 }
 
@@ -136,14 +147,19 @@ MOEBIUS_DEVICE void send_head(
   const int dst = shfl(d.dst, from);
   const int reply_row = shfl(d.reply_row, from);
   auto* head = reinterpret_cast<CellHead*>(cell + layout.head_in_cell);
-  auto* ids = reinterpret_cast<int32_t*>(cell + layout.head_in_cell + sizeof(CellHead));
+  auto* ids = reinterpret_cast<int32_t*>(cell + layout.ids_in_cell());
   if (lane() == 0) {
     store(&head->token, token);
     store(&head->reply_row, reply_row);
   }
   if (lane() < s.num_topk) {
     store(ids + lane(), d.dst == dst ? d.id - dst * s.num_local_experts() : -1);
-    if (s.has_weights) store(reinterpret_cast<float*>(ids + s.num_topk) + lane(), d.weight);
+    if (s.has_weights) {
+      store(reinterpret_cast<float*>(cell + layout.weights_in_cell()) + lane(), d.weight);
+    }
+    if (s.has_positions) {
+      store(reinterpret_cast<int32_t*>(cell + layout.positions_in_cell()) + lane(), d.position);
+    }
   }
   if (p.scales == nullptr) return;
   auto* to = reinterpret_cast<uint32_t*>(cell + layout.scales_in_cell);

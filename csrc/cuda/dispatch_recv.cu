@@ -4,54 +4,43 @@
 //   (source rank, token), and cell_rows says where each (cell, choice) went. token_major: row
 //   src * M + i is cell i of rank src, with its local experts and weights, and -1 where there is
 //   none.
-// Grid: at most num_sms blocks. A warp takes a window of a cell; each block works out all
-// positions. Memory: reads the own inbox; writes the results and the workspace. Nothing remote.
+// Grid: at most num_sms blocks. A warp takes a window of a cell. Where a cell goes follows from its
+//   own word and what the sources before its own sent to that expert.
+// Memory: reads the own inbox; writes the results and the workspace. Nothing remote.
 // Synchronisation: [arrived] acquire, by every block; [all-done].
 // Requirements: x 16-byte aligned.
 // Cost: each received row is read once and written once for each of its local experts.
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
 #include "cuda/mover.cuh"
-#include "cuda/positions.cuh"
 #include "cuda/scales.cuh"
 
 namespace moebius::cuda {
 namespace {
 
-struct RecvLaunch {
-  DispatchRecvParams args;
-  int num_words;  // of the positions
-};
-
 struct Shared {
   MoverShared mover;
-  int32_t* rows;  // of this warp: where one cell goes
-  Positions positions;
-  int32_t* first_cell;  // [R + 1] cells of the ranks before; the last is their number
   Ending* ending;
+  int32_t* first_cell;  // [R + 1] cells of the ranks before; the last is their number
+  int32_t* totals;      // [L] tokens of each expert; token_major: of this block's cells
+  int32_t* first_row;   // [L, R] expert_major: rows of the ranks before
+
+  MOEBIUS_DEVICE static Shared in(std::byte* at, const Shape& s) {
+    Shared shared;
+    shared.mover = MoverShared::in(at);
+    shared.ending = reinterpret_cast<Ending*>(at + kMoverSharedBytes);
+    shared.first_cell = reinterpret_cast<int32_t*>(shared.ending + 1);
+    shared.totals = shared.first_cell + s.num_ranks + 1;
+    shared.first_row = shared.totals + s.num_local_experts();
+    return shared;
+  }
+  static size_t num_bytes(const Shape& s) {
+    const int num_rows = s.has_positions ? s.num_experts : 0;
+    return kMoverSharedBytes + sizeof(Ending) +
+           4 * (static_cast<size_t>(s.num_ranks) + 1 + static_cast<size_t>(s.num_local_experts()) +
+                static_cast<size_t>(num_rows));
+  }
 };
-
-constexpr size_t kRowsBytes = kWarpsPerBlock * kMaxTopk * sizeof(int32_t);
-
-MOEBIUS_DEVICE Shared carve(const Shape& s, bool is_token_major, int num_words) {
-  Shared shared;
-  std::byte* at = shared_memory();
-  shared.mover = MoverShared::in(at);
-  at += kMoverSharedBytes;
-  shared.rows = reinterpret_cast<int32_t*>(at) + warp_index() * kMaxTopk;
-  at += kRowsBytes;
-  const int num_local = s.num_local_experts();
-  shared.positions = Positions::in(at, num_local, is_token_major ? 0 : num_words);
-  at += positions_bytes(num_local, is_token_major ? 0 : num_words);
-  shared.first_cell = reinterpret_cast<int32_t*>(at);
-  shared.ending = reinterpret_cast<Ending*>(shared.first_cell + s.num_ranks + 1);
-  return shared;
-}
-size_t shared_bytes(const Shape& s, bool is_token_major, int num_words) {
-  return kMoverSharedBytes + kRowsBytes +
-         positions_bytes(s.num_local_experts(), is_token_major ? 0 : num_words) +
-         4 * (static_cast<size_t>(s.num_ranks) + 3);
-}
 
 // One received cell, as a warp sees it.
 struct Cell {
@@ -61,7 +50,10 @@ struct Cell {
 };
 
 MOEBIUS_DEVICE const int32_t* ids_of(const Rank& self, const std::byte* cell) {
-  return reinterpret_cast<const int32_t*>(cell + self.layout.head_in_cell + sizeof(CellHead));
+  return reinterpret_cast<const int32_t*>(cell + self.layout.ids_in_cell());
+}
+MOEBIUS_DEVICE const int32_t* positions_of(const Rank& self, const std::byte* cell) {
+  return reinterpret_cast<const int32_t*>(cell + self.layout.positions_in_cell());
 }
 
 MOEBIUS_DEVICE Cell find_cell(const Rank& self, int slot, int number, const Shared& shared) {
@@ -114,12 +106,9 @@ MOEBIUS_DEVICE void await_cells(const DispatchRecvParams& p,
 }
 
 // What a peer wrote is an index here only once it is known to be in bounds.
-MOEBIUS_DEVICE bool is_sane(const Rank& self, const std::byte* cell) {
-  const Shape& s = self.layout.shape;
-  const auto* head = reinterpret_cast<const CellHead*>(cell + self.layout.head_in_cell);
-  const int32_t reply_row = load(&head->reply_row);
-  const int64_t last = reply_row + (s.has_weights ? 0 : s.num_topk - 1);
-  return reply_row >= 0 && last < s.max_num_tokens * s.replies_per_token();
+MOEBIUS_DEVICE bool is_reply_row(const Shape& s, int32_t row) {
+  const int64_t last = int64_t{row} + (s.has_weights ? 0 : s.num_topk - 1);
+  return row >= 0 && last < s.max_num_tokens * s.replies_per_token();
 }
 
 MOEBIUS_DEVICE void fail_cell(const Rank& self, uint64_t epoch, int src) {
@@ -134,170 +123,203 @@ MOEBIUS_DEVICE void fail_cell(const Rank& self, uint64_t epoch, int src) {
        0);
 }
 
-constexpr int kPairsAhead = 4;
-
-// expert_major: puts the cells of [begin, end) into the lists of their experts, which have to be
-// counted next. A thread for each cell, so that it is found once.
-MOEBIUS_DEVICE void list_cells(
-    const Rank& self, const Begun& begun, int begin, int end, const Shared& shared) {
-  static_assert(sizeof(CellHead) == sizeof(uint64_t), "pairs of ids are aligned");
+// expert_major, all threads: what each source sends to each expert; `meanwhile` runs while that is
+// on its way. Fills first_row and totals.
+template <class Meanwhile>
+MOEBIUS_DEVICE void read_counts(const Rank& self,
+                                const Begun& begun,
+                                const Shared& shared,
+                                const Meanwhile& meanwhile) {
   const Shape& s = self.layout.shape;
   const int num_local = s.num_local_experts();
-  const int num_pairs = (s.num_topk + 1) / 2;
-  shared.positions.clear();
+  const auto count_at = [&](int i) {
+    if (i >= s.num_experts) return 0;
+    const int src = i / num_local, expert = i - src * num_local;
+    // What a source without cells left there is of another round.
+    const int most = load(shared.first_cell + src + 1) - load(shared.first_cell + src);
+    if (most == 0) return 0;
+    const int n =
+        load(in_heap<const int32_t>(self, self.rank, self.layout.counts(begun.slot, src)) + expert);
+    if (n >= 0 && n <= most) return n;
+    fail_cell(self, begun.epoch, src);
+    return 0;
+  };
+  const auto note = [&](int i, int n) {
+    if (i >= s.num_experts) return;
+    const int src = i / num_local;
+    store(shared.first_row + (i - src * num_local) * s.num_ranks + src, n);
+  };
+  const int first = count_at(thread_index());
+  meanwhile();
+  note(thread_index(), first);
+#pragma unroll 1
+  for (int i = thread_index() + num_threads(); i < s.num_experts; i += num_threads()) {
+    note(i, count_at(i));
+  }
   sync_block();
 #pragma unroll 1
-  for (int number = begin + thread_index(); number < end; number += num_threads()) {
-    const Cell cell = find_cell(self, begun.slot, number, shared);
-    const auto* pairs = reinterpret_cast<const uint64_t*>(ids_of(self, cell.at));
-    bool is_good = is_sane(self, cell.at);
+  for (int expert = warp_index(); expert < num_local; expert += kWarpsPerBlock) {
+    int32_t* rows = shared.first_row + expert * s.num_ranks;
+    int sum = 0;
 #pragma unroll 1
-    for (int first = 0; first < num_pairs; first += kPairsAhead) {
-      uint64_t ids[kPairsAhead];  // on their way together
-#pragma unroll
-      for (int i = 0; i < kPairsAhead; ++i) {
-        ids[i] = first + i < num_pairs ? load(pairs + first + i) : ~uint64_t{0};
-        // What follows the last id is none.
-        if (2 * (first + i) + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * kPairsAhead; ++i) {
-        const auto id = static_cast<int32_t>(ids[i / 2] >> (i % 2 * 32));
-        if (id < -1 || id >= num_local) {
-          is_good = false;
-        } else if (id >= 0) {
-          shared.positions.mark(id, number - begin);
-        }
-      }
+    for (int begin = 0; begin < s.num_ranks; begin += kWarp) {
+      const int src = begin + lane();
+      const int n = src < s.num_ranks ? load(rows + src) : 0;
+      const int up_to = scan_warp(n);
+      if (src < s.num_ranks) store(rows + src, sum + up_to - n);
+      sum += shfl(up_to, kWarp - 1);
     }
-    if (!is_good) fail_cell(self, begun.epoch, cell.src);
+    if (lane() == 0) store(shared.totals + expert, sum);
   }
   sync_block();
 }
 
-// expert_major. Fills this warp's `rows` with where cell `item` of the chunk goes: expert * R * M +
-// row; returns how many.
-MOEBIUS_DEVICE int find_rows(const Shape& s, int item, const Shared& shared) {
-  const Positions& positions = shared.positions;
-  int count = 0;
-  sync_warp();
-  for (int first = 0; first < positions.num_columns; first += kWarp) {
-    const int expert = first + lane();
-    const bool is_there = expert < positions.num_columns && positions.has(expert, item);
-    const uint32_t which = ballot(is_there);
-    if (is_there) {
-      store(shared.rows + count + popcount(which & ((1u << lane()) - 1)),
-            expert * s.num_ranks * s.max_num_tokens + positions.find(expert, item));
-    }
-    count += popcount(which);
-  }
-  sync_warp();
-  return count;
+// Rows of `expert` that source `src` has.
+MOEBIUS_DEVICE int rows_from(const Shape& s, int expert, int src, const Shared& shared) {
+  const int at = expert * s.num_ranks + src;
+  const int end =
+      src + 1 < s.num_ranks ? load(shared.first_row + at + 1) : load(shared.totals + expert);
+  return end - load(shared.first_row + at);
 }
 
-// The rows of a Mover: a cell goes to each of its experts.
+// Row of `expert` that its token number `position` of source `src` has; -1 if that is none.
+MOEBIUS_DEVICE int find_row(
+    const Shape& s, int expert, int position, int src, const Shared& shared) {
+  if (expert < 0 || expert >= s.num_local_experts()) return -1;
+  if (position < 0 || position >= rows_from(s, expert, src, shared)) return -1;
+  return load(shared.first_row + expert * s.num_ranks + src) + position;
+}
+
+// The rows of a Mover: a cell goes to each of its experts. A lane for each choice.
 struct ToExperts {
   const DispatchRecvParams& p;
   const Begun& begun;
   const Shared& shared;
-  int chunk_begin;
-  int num_rows;
   Scales scales;
+  int src, expert, position;  // of the choice
+  int row;                    // of the expert
+  uint32_t which, rest;       // lanes with a row, once for each row; of them, those to come
 
-  MOEBIUS_DEVICE const std::byte* from(int row) const {
-    return find_cell(p.self, begun.slot, chunk_begin + row, shared).at;
+  MOEBIUS_DEVICE const std::byte* from(int cell) const {
+    return find_cell(p.self, begun.slot, cell, shared).at;
   }
-  MOEBIUS_DEVICE void begin(int row, bool is_first) {
+  MOEBIUS_DEVICE void ask(int number, bool is_first) {
+    const Cell cell = find_cell(p.self, begun.slot, number, shared);
+    const bool is_there = lane() < p.self.layout.shape.num_topk;
+    src = cell.src;
+    expert = is_there ? load(ids_of(p.self, cell.at) + lane()) : -1;
+    position = is_there ? load(positions_of(p.self, cell.at) + lane()) : -1;
     scales.from = nullptr;
-    if (is_first && p.scales != nullptr) scales.read(p, from(row));
-    num_rows = find_rows(p.self.layout.shape, row, shared);
+    if (is_first && p.scales != nullptr) scales.read(p, cell.at);
   }
-  MOEBIUS_DEVICE std::byte* to(int n) const {
-    if (n >= num_rows) return nullptr;
-    return p.x + load(shared.rows + n) * p.self.layout.shape.payload_bytes;
+  MOEBIUS_DEVICE void begin(int, bool) {
+    const Shape& s = p.self.layout.shape;
+    row = find_row(s, expert, position, src, shared);
+    bool is_one = row >= 0;
+#pragma unroll 1
+    for (int k = 0; k < s.num_topk; ++k) {
+      const int other = shfl(expert, k);
+      if (k < lane() && other == expert) is_one = false;  // named twice, it has the token once
+    }
+    which = ballot(is_one);
+  }
+  MOEBIUS_DEVICE std::byte* to(int n) {
+    if (n == 0) rest = which;
+    if (rest == 0) return nullptr;
+    const int from = lowest(rest);
+    rest &= rest - 1;
+    const Shape& s = p.self.layout.shape;
+    const int64_t num_rows = int64_t{s.num_ranks} * s.max_num_tokens;
+    return p.x + (shfl(expert, from) * num_rows + shfl(row, from)) * s.payload_bytes;
   }
   MOEBIUS_DEVICE void finish(bool is_first) const {
     if (!is_first || scales.from == nullptr) return;
-    const int rows_of_expert = p.self.layout.shape.num_ranks * p.self.layout.shape.max_num_tokens;
-    for (int n = 0; n < num_rows; ++n) {
-      const int32_t at = load(shared.rows + n);
-      scales.write(p, at / rows_of_expert, at % rows_of_expert);
+#pragma unroll 1
+    for (uint32_t left = which; left != 0; left &= left - 1) {
+      scales.write(p, shfl(expert, lowest(left)), shfl(row, lowest(left)));
     }
   }
 };
 
-// What is noted of each row of the cells [begin, end): a thread for each (cell, choice).
-MOEBIUS_DEVICE void describe_rows(
-    const DispatchRecvParams& p, const Begun& begun, int begin, int end, const Shared& shared) {
-  const Shape& s = p.self.layout.shape;
-  const int num_rows = s.num_ranks * s.max_num_tokens;
-  int32_t* rows = in_workspace<int32_t>(p.self, begun.slot, p.self.layout.cell_rows);
-  const int num_choices = (end - begin) * s.num_topk;
-  for (int i = block_index() * num_threads() + thread_index(); i < num_choices;
-       i += num_blocks() * num_threads()) {
-    const int item = i / s.num_topk, choice = i % s.num_topk;
-    const Cell cell = find_cell(p.self, begun.slot, begin + item, shared);
-    const int32_t id = load(ids_of(p.self, cell.at) + choice);
-    const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
-    const int32_t token = load(&head->token);
-    const bool is_here = id >= 0 && id < s.num_local_experts();
-    const int32_t at = is_here ? id * num_rows + shared.positions.find(id, item) : -1;
-    const int64_t inbox = int64_t{cell.src} * s.max_num_tokens + cell.index;
-    store(rows + inbox * s.num_topk + choice, at);
-    if (is_here) store(p.src_info + at, token);
-  }
-}
+// A choice of a received cell, and what is noted of it.
+struct Choice {
+  int src, index;  // of the cell
+  int expert, position;
+  int32_t token, reply_row;
+};
 
-// Block 0: the rows of each (expert, source), as far as its cells begin or end in this chunk.
-MOEBIUS_DEVICE void note_ranges(
-    const DispatchRecvParams& p, int begin, int end, bool is_final, const Shared& shared) {
+// A warp for each 32 choices of the cells, so that few are spread over the blocks.
+struct Choices {
+  const DispatchRecvParams& p;
+  const Begun& begun;
+  const Shared& shared;
+
+  MOEBIUS_DEVICE static int first() { return Share::of_grid().first * kWarp + lane(); }
+  MOEBIUS_DEVICE int num() const {
+    const Shape& s = p.self.layout.shape;
+    return load(shared.first_cell + s.num_ranks) * s.num_topk;
+  }
+  MOEBIUS_DEVICE Choice read(int i) const {
+    const Shape& s = p.self.layout.shape;
+    const int number = i / s.num_topk, choice = i - number * s.num_topk;
+    const Cell cell = find_cell(p.self, begun.slot, number, shared);
+    const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
+    return {cell.src,
+            cell.index,
+            load(ids_of(p.self, cell.at) + choice),
+            load(positions_of(p.self, cell.at) + choice),
+            load(&head->token),
+            load(&head->reply_row)};
+  }
+  MOEBIUS_DEVICE void note(int i, const Choice& c) const {
+    const Shape& s = p.self.layout.shape;
+    const int row = find_row(s, c.expert, c.position, c.src, shared);
+    if ((row < 0 && c.expert != -1) || !is_reply_row(s, c.reply_row)) {
+      fail_cell(p.self, begun.epoch, c.src);
+    }
+    const int at = row < 0 ? -1 : c.expert * s.num_ranks * s.max_num_tokens + row;
+    const int64_t inbox = int64_t{c.src} * s.max_num_tokens + c.index;
+    int32_t* rows = in_workspace<int32_t>(p.self, begun.slot, p.self.layout.cell_rows);
+    store(rows + inbox * s.num_topk + i % s.num_topk, at);
+    if (at >= 0) store(p.src_info + at, c.token);
+  }
+};
+
+// Block 0: the rows of each (expert, source).
+MOEBIUS_DEVICE void note_ranges(const DispatchRecvParams& p, const Shared& shared) {
   const Shape& s = p.self.layout.shape;
   for (int i = thread_index(); i < s.num_experts; i += num_threads()) {
-    const int expert = i / s.num_ranks, src = i % s.num_ranks;
-    const int first = load(shared.first_cell + src), last = load(shared.first_cell + src + 1);
-    const auto rows_before = [&](int cell) {
-      return cell < end ? shared.positions.find(expert, cell - begin)
-                        : load(shared.positions.totals + expert);
-    };
-    int64_t* range = p.layout_range + i;
-    const bool begins = first >= begin && (first < end || is_final);
-    const bool ends = first < last && last > begin && last <= end;
-    int64_t from = 0;
-    if (begins) {
-      from = rows_before(first);
-    } else if (ends) {
-      from = load(range) >> 32;  // of a chunk before
-    }
-    if (begins || ends) store(range, from << 32 | (ends ? rows_before(last) - from : 0));
+    const int expert = i / s.num_ranks, src = i - expert * s.num_ranks;
+    const int64_t n = rows_from(s, expert, src, shared);
+    store(p.layout_range + i, int64_t{load(shared.first_row + i)} << 32 | n);
   }
 }
 
-MOEBIUS_DEVICE void receive_expert_major(const RecvLaunch& l,
+MOEBIUS_DEVICE void receive_expert_major(const DispatchRecvParams& p,
                                          const Begun& begun,
                                          const Shared& shared) {
-  const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
-  const int num_cells = load(shared.first_cell + s.num_ranks);
-  const int chunk = l.num_words * 32;
   Mover<ToExperts> mover{
-      shared.mover, {p, begun, shared, 0, 0, {}}, s.payload_bytes, Share::of_grid()};
-  for (int begin = 0;;) {
-    const int end = static_cast<int>(min_of(begin + chunk, num_cells));
-    mover.rows.chunk_begin = begin;
-    list_cells(p.self, begun, begin, end, shared);
-    // Not before: what the list is made from would stand behind these loads in the queue.
-    mover.start(end - begin);
-    shared.positions.count();
-    sync_block();
-    // Nothing fails from here on: the blocks meet while the rows are on their way.
-    if (end == num_cells && is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);
-    describe_rows(p, begun, begin, end, shared);
-    if (block_index() == 0) note_ranges(p, begin, end, end == num_cells, shared);
-    mover.run();
-    if (end == num_cells) return;
-    begin = end;
-    sync_block();
+      shared.mover, {p, begun, shared, {}, 0, -1, -1, -1, 0, 0}, s.payload_bytes, Share::of_grid()};
+  const Choices choices{p, begun, shared};
+  const int num_choices = choices.num();
+  // Before the rows, which it would stand behind in the queue.
+  int i = Choices::first();
+  Choice ahead{};
+  if (i < num_choices) ahead = choices.read(i);
+  read_counts(p.self, begun, shared, [&] { mover.start(load(shared.first_cell + s.num_ranks)); });
+  const int step = Share::of_grid().num_warps * kWarp;
+#pragma unroll 1
+  while (i < num_choices) {
+    choices.note(i, ahead);
+    i += step;
+    if (i < num_choices) ahead = choices.read(i);
   }
+  sync_block();
+  // Nothing fails from here on: the blocks meet while the rows are on their way.
+  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);
+  if (block_index() == 0) note_ranges(p, shared);
+  mover.run();
 }
 
 // The rows of a Mover: cell i of rank src goes to row src * M + i.
@@ -305,19 +327,19 @@ struct ToRows {
   const DispatchRecvParams& p;
   const Begun& begun;
   const Shared& shared;
-  int64_t number;  // of the row in x
   Scales scales;
+  int64_t number;  // of the row in x
 
   MOEBIUS_DEVICE const std::byte* from(int row) const {
     return find_cell(p.self, begun.slot, row, shared).at;
   }
-  MOEBIUS_DEVICE void begin(int row, bool is_first) {
-    const Shape& s = p.self.layout.shape;
+  MOEBIUS_DEVICE void ask(int row, bool is_first) {
     const Cell cell = find_cell(p.self, begun.slot, row, shared);
-    number = int64_t{cell.src} * s.max_num_tokens + cell.index;
+    number = int64_t{cell.src} * p.self.layout.shape.max_num_tokens + cell.index;
     scales.from = nullptr;
     if (is_first && p.scales != nullptr) scales.read(p, cell.at);
   }
+  MOEBIUS_DEVICE void begin(int, bool) const {}
   MOEBIUS_DEVICE std::byte* to(int n) const {
     return n == 0 ? p.x + number * p.self.layout.shape.payload_bytes : nullptr;
   }
@@ -336,7 +358,10 @@ MOEBIUS_DEVICE void describe_cells(const DispatchRecvParams& p,
        number += kWarpsPerBlock * num_blocks()) {
     const Cell cell = find_cell(p.self, begun.slot, number, shared);
     const int64_t row = int64_t{cell.src} * s.max_num_tokens + cell.index;
-    if (lane() == 0 && !is_sane(p.self, cell.at)) fail_cell(p.self, begun.epoch, cell.src);
+    const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
+    if (lane() == 0 && !is_reply_row(s, load(&head->reply_row))) {
+      fail_cell(p.self, begun.epoch, cell.src);
+    }
     const int32_t* ids = ids_of(p.self, cell.at);
     int32_t id = lane() < s.num_topk ? load(ids + lane()) : -1;
     if (id < -1 || id >= s.num_local_experts()) {
@@ -348,22 +373,22 @@ MOEBIUS_DEVICE void describe_cells(const DispatchRecvParams& p,
       const int32_t other = shfl(id, k);
       if (k < lane() && other == id) is_first = false;  // an expert named twice has the token once
     }
-    if (is_first) add_shared(shared.positions.totals + id, 1);
+    if (is_first) add_shared(shared.totals + id, 1);
     if (lane() < s.num_topk) {
-      const auto* weights = reinterpret_cast<const float*>(ids + s.num_topk);
+      const auto* weights =
+          reinterpret_cast<const float*>(cell.at + p.self.layout.weights_in_cell());
       store(p.topk_ids + row * s.num_topk + lane(), id);
       store(p.topk_weights + row * s.num_topk + lane(), load(weights + lane()));
     }
   }
 }
 
-MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
+MOEBIUS_DEVICE void receive_token_major(const DispatchRecvParams& p,
                                         const Begun& begun,
                                         const Shared& shared) {
-  const DispatchRecvParams& p = l.args;
   const Shape& s = p.self.layout.shape;
   const int num_cells = load(shared.first_cell + s.num_ranks);
-  Mover<ToRows> mover{shared.mover, {p, begun, shared, 0, {}}, s.payload_bytes, Share::of_grid()};
+  Mover<ToRows> mover{shared.mover, {p, begun, shared, {}, 0}, s.payload_bytes, Share::of_grid()};
   mover.start(num_cells);
   describe_cells(p, begun, num_cells, shared);
   // Rows without a token read as unrouted.
@@ -379,7 +404,7 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
   }
   sync_block();
   for (int expert = thread_index(); expert < s.num_local_experts(); expert += num_threads()) {
-    const int n = load(shared.positions.totals + expert);
+    const int n = load(shared.totals + expert);
     if (n != 0) add_relaxed_gpu(p.self.expert_counts + expert, n);
   }
   sync_block();
@@ -388,8 +413,7 @@ MOEBIUS_DEVICE void receive_token_major(const RecvLaunch& l,
 }
 
 // Last block: the counts, which only now are known for all blocks.
-MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared& shared) {
-  const DispatchRecvParams& p = l.args;
+MOEBIUS_DEVICE void finish(const DispatchRecvParams& p, const Begun& begun, const Shared& shared) {
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
   if (is_bookkeeper()) clear_awaiting(self);
@@ -402,7 +426,7 @@ MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared
     store(p.src_num_tokens + src, is_lost ? 0 : n);
   }
   for (int expert = thread_index(); expert < s.num_local_experts(); expert += num_threads()) {
-    int n = load(shared.positions.totals + expert);
+    int n = load(shared.totals + expert);
     if (self.is_token_major) {
       n = load(self.expert_counts + expert);
       store(self.expert_counts + expert, 0);
@@ -423,14 +447,15 @@ MOEBIUS_DEVICE void finish(const RecvLaunch& l, const Begun& begun, const Shared
   for (int64_t i = thread_index(); i < num_ids; i += num_threads()) store(p.topk_ids + i, -1);
 }
 
-MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS RecvLaunch l) {
-  const DispatchRecvParams& p = l.args;
+MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS DispatchRecvParams p) {
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
-  const Shared shared = carve(s, self.is_token_major, l.num_words);
+  const Shared shared = Shared::in(shared_memory(), s);
   shared.mover.init();
   if (thread_index() == 0) store(&shared.ending->has_failed, 0u);
-  shared.positions.clear_totals();
+  for (int i = thread_index(); i < s.num_local_experts(); i += num_threads()) {
+    store(shared.totals + i, 0);
+  }
   sync_block();
   wait_for_previous_kernel();
   const Begun begun = begin_half(self, p.handle, Half::kDispatchRecv);
@@ -450,14 +475,14 @@ MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS RecvLaunch 
   const bool is_ready = is_short(load(shared.first_cell + s.num_ranks) * num_windows);
   if (is_ready) let_next_kernel_start();
   if (self.is_token_major) {
-    receive_token_major(l, begun, shared);
+    receive_token_major(p, begun, shared);
   } else {
-    receive_expert_major(l, begun, shared);
+    receive_expert_major(p, begun, shared);
   }
   bulk_wait_all();
   if (!is_ready) let_next_kernel_start();
   sync_block();
-  if (load(&shared.ending->met) != 0) finish(l, begun, shared);
+  if (load(&shared.ending->met) != 0) finish(p, begun, shared);
 }
 
 }  // namespace
@@ -465,16 +490,11 @@ MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS RecvLaunch 
 void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Stream stream) {
   const Shape& s = params.self.layout.shape;
   const int64_t num_cells = int64_t{s.num_ranks} * s.max_num_tokens;
-  RecvLaunch l;
-  l.args = params;
-  l.num_words = positions_words(num_cells, s.num_local_experts());
-  const int num_blocks = static_cast<int>(min_of(num_cells, num_sms));
-  launch(
-      dispatch_recv_kernel,
-      LaunchShape{
-          num_blocks, kThreadsPerBlock, shared_bytes(s, params.self.is_token_major, l.num_words)},
-      l,
-      stream);
+  launch(dispatch_recv_kernel,
+         LaunchShape{
+             static_cast<int>(min_of(num_cells, num_sms)), kThreadsPerBlock, Shared::num_bytes(s)},
+         params,
+         stream);
 }
 
 }  // namespace moebius::cuda

@@ -1,8 +1,9 @@
 // Dispatch, send half.
 //
 // Postcondition: cell (slot, me, i) at rank d holds the i-th of my tokens that has an expert on d,
-// for
-//   all i < n, and then the dispatch signal of d says n.
+//   for all i < n, then the dispatch signal of d says n. expert_major: before that, counts (slot,
+//   me) at d say how many of them each of its experts gets, and each cell where it comes among
+//   them.
 // Grid: at most num_sms blocks. A warp takes a slice of a token; each block works out all
 // positions. Memory: reads x, topk_ids, topk_weights; writes the cells and signals of all ranks,
 // and what the
@@ -114,6 +115,7 @@ MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
       exchange_max_gpu(&p.self.state->bad_choice, (epoch + 1) << kCountBits | place);
     } else if (id >= 0 && load(shared.is_alive + id / num_local) != 0) {
       shared.positions.mark(id / num_local, token);
+      if (s.has_positions) shared.positions.mark(s.num_ranks + id, token);
     }
   }
 }
@@ -237,6 +239,24 @@ MOEBIUS_DEVICE void send_tokens(const SendLaunch& l,
   }
 }
 
+// Tells each rank how many tokens each of its experts gets. By one block.
+MOEBIUS_DEVICE void send_counts(const Rank& self, int slot, const SendShared& shared) {
+  const HeapLayout& layout = self.layout;
+  const Shape& s = layout.shape;
+  const int num_local = s.num_local_experts();
+#pragma unroll 1
+  for (int expert = thread_index(); expert < s.num_experts; expert += num_threads()) {
+    const int dst = expert / num_local;
+    if (load(shared.is_alive + dst) == 0) continue;
+    std::byte* heap = load(shared.heaps + dst);
+    std::byte* to = kHasNetwork && heap == nullptr
+                        ? self.heap + layout.outbox_counts(dst, load(shared.reply_base + dst))
+                        : heap + layout.counts(slot, self.rank);
+    store(reinterpret_cast<int32_t*>(to) + (expert - dst * num_local),
+          load(shared.positions.totals + s.num_ranks + expert));
+  }
+}
+
 // Last block, one thread: the first choice that names no expert.
 MOEBIUS_COLD void record_bad_choice(const DispatchSendParams& p, uint64_t epoch) {
   const uint64_t word = load(&p.self.state->bad_choice);
@@ -272,14 +292,15 @@ MOEBIUS_DEVICE void announce(const DispatchSendParams& p,
       store_release_sys(signal_at(self, dst, slot, self.rank, SignalKind::kDispatch),
                         word_for(dst));
     }
-    // One message for each remote rank: its cells stand together, here and there.
+    // One message for each remote rank: its counts and cells stand together, here and there.
 #pragma unroll 1
     for (int dst = warp_index(); kHasNetwork && dst < num_ranks; dst += kWarpsPerBlock) {
       if (load(shared.is_alive + dst) == 0 || load(shared.heaps + dst) != nullptr) continue;
+      const int n = load(shared.num_sent + dst);
       warp_put_signal(dst,
-                      self.heap + self.layout.cell(slot, self.rank, 0),
-                      self.heap + self.layout.outbox_cell(load(shared.reply_base + dst)),
-                      load(shared.num_sent + dst) * self.layout.cell_bytes,
+                      self.heap + self.layout.counts(slot, self.rank),
+                      self.heap + self.layout.outbox_counts(dst, load(shared.reply_base + dst)),
+                      n == 0 ? 0 : self.layout.counts_bytes + n * self.layout.cell_bytes,
                       signal_at(self, self.rank, slot, self.rank, SignalKind::kDispatch),
                       word_for(dst));
     }
@@ -301,7 +322,7 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   const DispatchSendParams& p = l.args;
   const Rank& self = p.self;
   const Shape& s = self.layout.shape;
-  const SendShared shared = SendShared::in(shared_memory(), s.num_ranks, l.num_words);
+  const SendShared shared = SendShared::in(shared_memory(), s, l.num_words);
   if (thread_index() == 0) store(&shared.ending->has_failed, 0u);
   shared.positions.clear_totals();
   shared.positions.clear();
@@ -360,7 +381,14 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   // What the last rounds left in the outbox has long left it.
   if (kHasNetwork && self.layout.shape.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
-  if (num_valid > chunk) shared.positions.clear_totals();
+  // The block that has the least to send.
+  if (s.has_positions && is_ours && block_index() == num_blocks() - 1) {
+    send_counts(self, slot, shared);
+  }
+  if (num_valid > chunk) {
+    sync_block();
+    shared.positions.clear_totals();
+  }
 #pragma unroll 1
   for (int begin = 0; is_ours && begin < num_valid; begin += chunk) {
     const int end = static_cast<int>(min_of(begin + chunk, num_valid));
@@ -398,7 +426,7 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   }
   SendLaunch l;
   l.args = params;
-  l.num_words = positions_words(params.num_tokens, s.num_ranks);
+  l.num_words = positions_words(params.num_tokens, num_lists(s));
   l.num_units = static_cast<int>(num_units);
   l.slice_units = static_cast<int>(steps * kStep);
   l.num_slices = static_cast<int>((num_units + l.slice_units - 1) / l.slice_units);
@@ -406,7 +434,7 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   // So few that one block sends them before several would have told each other that they are done.
   const int num_blocks = num_items <= kFewItems ? 1 : static_cast<int>(min_of(num_items, num_sms));
   launch(dispatch_send_kernel<kEncoding, kX>,
-         LaunchShape{num_blocks, kThreadsPerBlock, SendShared::num_bytes(s.num_ranks, l.num_words)},
+         LaunchShape{num_blocks, kThreadsPerBlock, SendShared::num_bytes(s, l.num_words)},
          l,
          stream);
 }

@@ -35,8 +35,9 @@ constexpr size_t kMoverSharedBytes =
 // Moves rows of `row_bytes` in windows of a stage: items are (row, window), dealt to the warps of
 // `share`. `Rows` says what a row is; the whole warp calls:
 //   from(row)              where it lies, or null if it does not move
-//   begin(row, is_first)   before its stores, and before the wait for its bytes; is_first: its
-//                          first window is among them
+//   ask(row, is_first)     as early as may be: what is read for it is then on its way; is_first:
+//                          its first window is among those to come
+//   begin(row, is_first)   before its stores, and before the wait for its bytes
 //   to(n)                  its n-th destination, or null past the last
 //   finish(is_first)       after the stores of a window
 // The whole warp calls start, which asks for the first rows, and run, which does the rest.
@@ -94,10 +95,12 @@ struct Mover {
 
   MOEBIUS_DEVICE void run() {
     for (int row = -1; item.whole >= 0; ++served) {
+      const bool is_first = item.part == 0;
+      const bool is_new = item.whole != row;
+      if (is_new) rows.ask(row = item.whole, is_first);
       bulk_wait_read<0>();  // the stage that is asked for next was stored from last
       const Part after = request();
-      const bool is_first = item.part == 0;
-      if (item.whole != row) rows.begin(row = item.whole, is_first);
+      if (is_new) rows.begin(row, is_first);
       barrier_wait(shared.filled + served % kMoverStages, served / kMoverStages % 2);
       for (int n = 0;; ++n) {
         std::byte* to = rows.to(n);

@@ -1,11 +1,17 @@
-// Where an item of an ordered list comes in each column that it belongs to: a token in the list of
-// a rank, a received cell among the rows of an expert. The same for whoever computes it, so that
-// every block does, and none waits for another (DESIGN.md, I5).
+// Where a token comes in the list of each rank, and among the tokens of each expert, that it goes
+// to. The same for whoever computes it, so that every block does, and none waits for another
+// (DESIGN.md, I5).
 #pragma once
 
 #include "cuda/rank.cuh"
 
 namespace moebius::cuda {
+
+#if defined(MOEBIUS_SIMT)
+constexpr int kFewWords = 1;
+#else
+constexpr int kFewWords = 32;
+#endif
 
 // In shared memory; all threads of the block call everything but `find`.
 struct Positions {
@@ -40,8 +46,21 @@ struct Positions {
   MOEBIUS_DEVICE void mark(int column, int item) const {
     or_shared(bits + column * num_words + item / 32, 1u << (item % 32));
   }
-  // A warp for each column: prefix sums over its words.
+  // Prefix sums over the words of each column: by a thread, or by a warp if there are many.
   MOEBIUS_DEVICE void count() const {
+    if (num_words <= kFewWords) {
+#pragma unroll 1
+      for (int c = thread_index(); c < num_columns; c += num_threads()) {
+        int sum = load(totals + c);
+#pragma unroll 1
+        for (int at = c * num_words; at < (c + 1) * num_words; ++at) {
+          store(before + at, sum);
+          sum += popcount(load(bits + at));
+        }
+        store(totals + c, sum);
+      }
+      return;
+    }
 #pragma unroll 1
     for (int c = warp_index(); c < num_columns; c += num_threads() / kWarp) {
       int base = load(totals + c);
@@ -57,9 +76,6 @@ struct Positions {
       if (lane() == 0) store(totals + c, base);
     }
   }
-  MOEBIUS_DEVICE bool has(int column, int item) const {
-    return (load(bits + column * num_words + item / 32) >> (item % 32) & 1u) != 0;
-  }
   // Items of the column before `item`. After count and a block barrier.
   MOEBIUS_DEVICE int find(int column, int item) const {
     const int at = column * num_words + item / 32;
@@ -67,12 +83,12 @@ struct Positions {
   }
 };
 
-// Words of a chunk: all items, if their bitmap is no larger than this. So small on the host
+// Words of a chunk: all items, if their bitmaps are no larger than this. So small on the host
 // executor that a few dozen items are more than one chunk.
 #if defined(MOEBIUS_SIMT)
 constexpr int64_t kPositionsBytes = 64;
 #else
-constexpr int64_t kPositionsBytes = 32 * 1024;
+constexpr int64_t kPositionsBytes = 48 * 1024;
 #endif
 
 MOEBIUS_HD constexpr int positions_words(int64_t num_items, int num_columns) {

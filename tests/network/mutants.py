@@ -117,7 +117,7 @@ MUTANTS = (
     Mutant(
         "outbox-overflows", "remote.cpp", "outbox_used_ + num_rows <= config_.shape.outbox_rows()", "true", HOT_EACH
     ),
-    Mutant("peers-share-the-outbox", "remote.cpp", "outbox_cell(reply_base_[dst])", "outbox_cell(0)", BAD),
+    Mutant("peers-share-the-outbox", "remote.cpp", "outbox_cell(dst, reply_base_[dst])", "outbox_cell(0, 0)", BAD),
     Mutant("replies-share-the-outbox", "combine.cpp", "outbox_used_ += num_tokens;", "", BAD),
     Mutant("rows-share-the-outbox", "combine.cpp", "outbox_reply(outbox_used_++)", "outbox_reply(outbox_used_)", EACH),
     # Where messages go.

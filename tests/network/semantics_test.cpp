@@ -31,7 +31,7 @@ constexpr LinkConditions kFine{7, 0, 0, 0, 0};
 
 struct World {
   explicit World(const LinkConditions& conditions)
-      : layout(HeapLayout::of({kRanks, 3, 2, kTokens, 2, 256, 0, 256, true, true})) {
+      : layout(HeapLayout::of({kRanks, 3, 2, kTokens, 2, 256, 0, 256, true, true, true})) {
     std::vector<std::byte*> addresses;
     for (int r = 0; r < kRanks; ++r) {
       heaps.push_back(Segment::create(layout.total));
@@ -151,12 +151,13 @@ void test_a_header_is_not_trusted() {
   World w(kFine);
   const HeapLayout& l = w.layout;
   const int64_t good = l.signal(0, 0, SignalKind::kDispatch);
-  const std::vector<std::byte> data = filled(w.cells_bytes(), 0x55);
-  REQUIRE(deliver(l, w.at(1, 0), 0, {l.cell(1, 0, 0), data.data(), w.cells_bytes(), good, 77}));
+  const std::vector<std::byte> data = filled(l.source_bytes(), 0x55);
+  REQUIRE(deliver(l, w.at(1, 0), 0, {l.counts(1, 0), data.data(), l.source_bytes(), good, 77}));
   REQUIRE(load_signal(w.signal(1, 0)) == 77);
   expect_refused(w, l.cell(0, 1, 0), 16, good);                   // another rank's cells
   expect_refused(w, l.cell(0, 0, 0), w.cells_bytes() + 1, good);  // too long
-  expect_refused(w, l.cell(0, 0, 0) - 1, 16, good);
+  expect_refused(w, l.counts(0, 0) - 1, 16, good);
+  expect_refused(w, l.counts(0, 1), 4, good);  // another rank's counts, which follow these cells
   expect_refused(w, l.cell(0, 0, 0), 16, l.signal(0, 1, SignalKind::kDispatch));
   expect_refused(w, l.cell(0, 0, 0), 16, good + 8);
   expect_refused(w, l.cell(0, 0, 0), 16, l.beat(2));

@@ -84,6 +84,7 @@ struct World {
               0,
               c.hidden * 4,
               c.has_weights,
+              !c.is_token_major,
               c.is_over_network()} {
     const HeapLayout layout = HeapLayout::of(shape);
     for (int r = 0; r < c.ranks; ++r) heaps.push_back(Segment::create(layout.total));

@@ -43,7 +43,7 @@ class Rig {
     options.is_bounds_checked = false;
     world.reset(options);
     const moebius::Shape shape{
-        kRanks, kExperts, kTopk, kTokens, 2, kHidden * 4, 0, kHidden * 4, true};
+        kRanks, kExperts, kTopk, kTokens, 2, kHidden * 4, 0, kHidden * 4, true, true};
     std::vector<std::byte*> heaps;
     for (int r = 0; r < kRanks; ++r) {
       const auto num_bytes = static_cast<size_t>(HeapLayout::of(shape).total);

@@ -47,7 +47,8 @@ Shape Case::shape() const {
           payload_bytes(),
           scale_bytes(),
           reply_bytes(),
-          has_weights};
+          has_weights,
+          !is_token_major};
 }
 
 const std::vector<Case>& all_cases() {
