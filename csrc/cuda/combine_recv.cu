@@ -16,19 +16,20 @@ namespace moebius::cuda {
 namespace {
 
 // Waits for the rows that rank `src` owes; false when they will not come.
-MOEBIUS_DEVICE bool await_rows(const CombineRecvParams& p, const Begun& begun, int src, int owed) {
+MOEBIUS_DEVICE bool await_rows(const CombineRecvParams& p, const Begun& begun, int src) {
   const Rank& self = p.self;
-  if (is_masked(self, src)) {
+  // All of this is on its way together.
+  const int owed = load(in_workspace<int32_t>(self, begun.slot, self.layout.num_sent) + src);
+  const bool is_dead = is_masked(self, src);
+  const uint64_t word = look(self, src, SignalKind::kCombine, begun.epoch);
+  if (owed == 0) return true;  // the closing wait will look for its signal
+  if (is_dead && !signal_arrived(word, begun.epoch)) {
     // Given up after it was sent to. What it said before still holds.
-    const uint64_t word =
-        load_acquire_sys(signal_at(self, self.rank, begun.slot, src, SignalKind::kCombine));
-    if (!signal_arrived(word, begun.epoch)) {
-      return fail(
-          self, begun.epoch, FaultKind::kTimeout, Reason::kDeadline, src, -1, begun.epoch, word, 0);
-    }
+    return fail(
+        self, begun.epoch, FaultKind::kTimeout, Reason::kDeadline, src, -1, begun.epoch, word, 0);
   }
-  // Pairs with [arrived] of combine send.
-  const int64_t count = await_count(self, src, SignalKind::kCombine, begun.epoch, p.wait_stats);
+  const int64_t count =
+      await_count(self, src, SignalKind::kCombine, begun.epoch, word, p.wait_stats);
   if (count < 0) return false;
   if (count == owed) return true;
   return fail(self,
@@ -48,16 +49,18 @@ struct Sums {
   const CombineRecvParams& p;
   int slot;
   int num_valid;  // tokens that were sent
-  int num_items, slices, num_vectors, replies;
+  int unroll;     // vectors a lane of a slice
+  int slices, num_items, num_vectors, replies;
   const int32_t* reply_rows;
   int item;
   int32_t row = -1;  // on its way while others are summed
   float weight = 1.0f;
 
-  MOEBIUS_DEVICE Sums(const CombineRecvParams& params, int slot, int num_valid, int num_items)
-      : p(params), slot(slot), num_valid(num_valid), num_items(num_items) {
+  MOEBIUS_DEVICE Sums(const CombineRecvParams& params, int slot, int num_valid, int unroll)
+      : p(params), slot(slot), num_valid(num_valid), unroll(unroll) {
     const HeapLayout& layout = p.self.layout;
-    slices = num_slices(layout.shape.reply_bytes);
+    slices = num_slices(layout.shape.reply_bytes, unroll);
+    num_items = static_cast<int>(p.num_tokens) * slices;
     num_vectors = static_cast<int>(layout.shape.reply_bytes / 16);
     replies = static_cast<int>(layout.shape.replies_per_token());
     reply_rows = in_workspace<int32_t>(p.self, slot, layout.reply_rows);
@@ -81,8 +84,8 @@ struct Sums {
     sum->row = row >= 0 ? p.self.heap + p.self.layout.reply(slot, row) : nullptr;
     sum->weight = weight;
     sum->which = ballot(row >= 0);
-    sum->begin = part.part * kSumUnroll * kWarp;
-    sum->end = static_cast<int>(min_of(sum->begin + kSumUnroll * kWarp, num_vectors));
+    sum->begin = part.part * unroll * kWarp;
+    sum->end = static_cast<int>(min_of(sum->begin + unroll * kWarp, num_vectors));
     item += Share::of_grid().num_warps;
     find();
     return true;
@@ -101,34 +104,34 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
   wait_for_previous_kernel();
   const Begun begun = begin_half(self, p.handle, Half::kCombineRecv);
   if (begun.is_stale) return;
-  const int32_t* num_sent = in_workspace<int32_t>(self, begun.slot, layout.num_sent);
+  const int num_sent = load(in_workspace<int32_t>(self, begun.slot, layout.num_sent) + s.num_ranks);
   for (int src = thread_index(); !begun.is_lost && src < s.num_ranks; src += num_threads()) {
-    const int owed = load(num_sent + src);
-    if (owed == 0) continue;  // the closing wait will look for its signal
-    if (!await_rows(p, begun, src, owed)) store(&ending->has_failed, 1u);
+    if (!await_rows(p, begun, src)) store(&ending->has_failed, 1u);
   }
   sync_block();
-  const int num_items = static_cast<int>(p.num_tokens) * num_slices(s.reply_bytes);
+  // So few that each warp has one narrow slice at most: then it is their latency that counts.
+  const int num_tokens = static_cast<int>(p.num_tokens);
+  const bool is_narrow = is_short(num_tokens * num_slices(s.reply_bytes, 1));
   // From here on this kernel waits for no rank: the next one cannot keep out what it waits for. And
   // nothing fails any more: the blocks meet while the rows are on their way.
-  const bool is_ready = is_short(num_items);
+  const bool is_ready = is_narrow || is_short(num_tokens * num_slices(s.reply_bytes));
   if (is_ready) let_next_kernel_start();
-  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);
+  if (is_bookkeeper()) arrive_received(self, begun, Half::kCombineRecv, ending);
   const bool is_lost = begun.is_lost || load(&ending->has_failed) != 0;
-  Sums<kHasWeights> sums(p, begun.slot, is_lost ? 0 : load(num_sent + s.num_ranks), num_items);
-  sum_rows<kDtype, kHasWeights>(sums);
+  Sums<kHasWeights> sums(p, begun.slot, is_lost ? 0 : num_sent, is_narrow ? 1 : kSumUnroll);
+  if (is_narrow) {
+    sum_narrow_rows<kDtype, kHasWeights>(sums);
+  } else {
+    sum_rows<kDtype, kHasWeights>(sums);
+  }
   if (!is_ready) let_next_kernel_start();
   sync_block();
-  if (load(&ending->met) == 0) return;
-  if (is_bookkeeper()) clear_awaiting(self);
-  if (!begun.is_lost && has_failed(self, begun.epoch)) {
-    lose(self, Half::kCombineRecv, begun.epoch);
-  }
+  if ((load(&ending->met) & kAnyFailed) != 0) lose(self, Half::kCombineRecv, begun.epoch);
 }
 
 template <Dtype kDtype>
 void enqueue(const CombineRecvParams& params, int num_sms, Stream stream) {
-  const int64_t num_items = params.num_tokens * num_slices(params.self.layout.shape.reply_bytes);
+  const int64_t num_items = params.num_tokens * num_slices(params.self.layout.shape.reply_bytes, 1);
   const LaunchShape shape{
       static_cast<int>(num_items < 1 ? 1 : min_of(num_items, num_sms)), kThreadsPerBlock, 8};
   if (params.topk_weights != nullptr) {

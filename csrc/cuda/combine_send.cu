@@ -49,7 +49,7 @@ struct Sums {
     const HeapLayout& layout = p.self.layout;
     const int num_topk = layout.shape.num_topk;
     const Part part = Part::at(item, slices);
-    const Reply reply = find_reply(p.self, slot, part.whole, shared);
+    const Reply reply = warp_find_reply(p.self, slot, part.whole, shared);
     const auto* weights = reinterpret_cast<const float*>(reply.cell + layout.weights_in_cell());
     ahead.row = expert_row(p, slot, reply, lane());
     ahead.weight = lane() < num_topk ? load(weights + lane()) : 0.0f;
@@ -79,17 +79,20 @@ struct ToSources {
   Wave wave;
   std::byte* place;
 
-  MOEBIUS_DEVICE const std::byte* from(int row) const {
+  struct Found {
+    const std::byte* at;
+  };
+  MOEBIUS_DEVICE Found find(int row) const {
     const int unit = wave.begin + row;
-    const Reply r = find_reply(p.self, slot, unit / choices, shared);
-    if (r.row < 0) return nullptr;
-    if (p.self.is_token_major) return p.expert_out + r.number * p.row_stride;
-    return expert_row(p, slot, r, unit % choices);
+    const Reply r = warp_find_reply(p.self, slot, unit / choices, shared);
+    if (r.row < 0) return {nullptr};
+    if (p.self.is_token_major) return {p.expert_out + r.number * p.row_stride};
+    return {expert_row(p, slot, r, unit % choices)};
   }
-  MOEBIUS_DEVICE void ask(int, bool) const {}
-  MOEBIUS_DEVICE void begin(int row, bool) {
+  MOEBIUS_DEVICE void ask(const Found&, bool) const {}
+  MOEBIUS_DEVICE void begin(int row) {
     const int unit = wave.begin + row;
-    const Reply r = find_reply(p.self, slot, unit / choices, shared);
+    const Reply r = warp_find_reply(p.self, slot, unit / choices, shared);
     place = place_of(p.self, slot, r, unit % choices, unit, wave);
   }
   MOEBIUS_DEVICE std::byte* to(int n) const { return n == 0 ? place : nullptr; }

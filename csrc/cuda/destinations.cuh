@@ -67,21 +67,28 @@ struct Destinations {
   uint32_t firsts;    // lanes with the first choice of their rank
 };
 
-// The part of it that the token's choices say. After read_ranks and a block barrier.
-MOEBIUS_DEVICE Destinations find_ranks(const DispatchSendParams& p,
-                                       int token,
-                                       const SendShared& shared) {
+// Asks for the token's choices.
+MOEBIUS_DEVICE Destinations ask_choices(const DispatchSendParams& p, int token) {
   const Shape& s = p.self.layout.shape;
   const int64_t at = int64_t{token} * s.num_topk + lane();
   Destinations d{-1, -1, 0.0f, 0, 0, nullptr, 0};
   if (lane() < s.num_topk) {
     d.id = id_at(p, at);
     if (s.has_weights) d.weight = load(p.topk_weights + at);
-    if (d.id < 0 || d.id >= s.num_experts) d.id = -1;
-    if (d.id >= 0) {
-      d.dst = d.id / s.num_local_experts();
-      if (load(shared.is_alive + d.dst) == 0) d.dst = d.id = -1;
-    }
+  }
+  return d;
+}
+
+// The part of it that the choices say. After read_ranks and a block barrier.
+MOEBIUS_DEVICE void find_ranks(const DispatchSendParams& p,
+                               const SendShared& shared,
+                               Destinations* asked) {
+  const Shape& s = p.self.layout.shape;
+  Destinations& d = *asked;
+  if (d.id < 0 || d.id >= s.num_experts) d.id = -1;
+  if (d.id >= 0) {
+    d.dst = d.id / s.num_local_experts();
+    if (load(shared.is_alive + d.dst) == 0) d.dst = d.id = -1;
   }
   bool is_first = d.dst >= 0;
 #pragma unroll 1
@@ -90,7 +97,6 @@ MOEBIUS_DEVICE Destinations find_ranks(const DispatchSendParams& p,
     if (k < lane() && other == d.dst) is_first = false;
   }
   d.firsts = ballot(is_first);
-  return d;
 }
 
 // The part of it that the lists say.

@@ -45,8 +45,12 @@ MOEBIUS_DEVICE void read_ranks(const Rank& self, const SendShared& shared) {
   }
 }
 
-// Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. By the
-// first warp of the block. `combined`: 1 + the last round of the slot that this rank combined.
+// The warp that sees to the slot while the others begin to list the tokens: that which has the
+// least to send.
+MOEBIUS_DEVICE bool is_taker() { return warp_index() == kWarpsPerBlock - 1; }
+
+// Makes sure that round `epoch - D`, which had the slot, is closed; else notes the failure. By one
+// warp. `combined`: 1 + the last round of the slot that this rank combined.
 MOEBIUS_DEVICE void take_slot(
     const Rank& self, uint64_t epoch, int slot, uint64_t combined, const SendShared& shared) {
   const int num_ranks = self.layout.shape.num_ranks;
@@ -60,13 +64,13 @@ MOEBIUS_DEVICE void take_slot(
     if (lane() == 0) before = exchange_max_gpu(&self.state->closed[slot], closed + 1);
     const bool is_first = shfl(before, 0) != closed + 1;
 #pragma unroll 1
-    for (int dst = thread_index(); is_first && dst < num_ranks; dst += kWarp) {
+    for (int dst = lane(); is_first && dst < num_ranks; dst += kWarp) {
       if (load(shared.is_alive + dst) == 0) continue;
       send_signal(self, dst, slot, SignalKind::kCombine, signal_word(closed, 0));
     }
   }
 #pragma unroll 1
-  for (int src = thread_index(); src < num_ranks; src += kWarp) {
+  for (int src = lane(); src < num_ranks; src += kWarp) {
     if (load(shared.is_alive + src) == 0) continue;
     if (src == self.rank) continue;
     // Both are on their way together.
@@ -92,23 +96,32 @@ MOEBIUS_DEVICE void take_slot(
   }
 }
 
-// Puts the tokens of [begin, end) into the lists of their ranks. Threads from `first_thread` on;
-// the lists are empty.
+// Asks for the first choice, of the tokens of [begin, end), that this thread lists.
+MOEBIUS_DEVICE int32_t ask_first(const DispatchSendParams& p, int begin, int end) {
+  const int num_topk = p.self.layout.shape.num_topk;
+  const int64_t at = int64_t{begin} * num_topk + thread_index();
+  return at < int64_t{end} * num_topk ? id_at(p, at) : -1;
+}
+
+// Puts the tokens of [begin, end) into their lists, which are empty: by the first `num_listing`
+// threads. `next`: what ask_first gave.
 MOEBIUS_DEVICE void mark_tokens(const DispatchSendParams& p,
                                 uint64_t epoch,
                                 int begin,
                                 int end,
-                                int first_thread,
+                                int num_listing,
+                                int32_t next,
                                 const SendShared& shared) {
   const Shape& s = p.self.layout.shape;
   const int num_local = s.num_local_experts();
-  const int step = num_threads() - first_thread;
+  const int64_t base = int64_t{begin} * s.num_topk;
+  const int num_choices = (end - begin) * s.num_topk;
 #pragma unroll 1
-  for (int i = thread_index() - first_thread; i < (end - begin) * s.num_topk; i += step) {
-    if (i < 0) break;  // a thread that polls
+  for (int i = thread_index(); i < num_choices; i += num_listing) {
     const int token = i / s.num_topk;
-    const int64_t at = int64_t{begin} * s.num_topk + i;
-    const int32_t id = id_at(p, at);
+    const int64_t at = base + i;
+    const int32_t id = next;
+    if (i + num_listing < num_choices) next = id_at(p, at + num_listing);
     if (id < -1 || id >= s.num_experts) {
       // The first of them is recorded, by the last block.
       const uint64_t place = kMostChoices - static_cast<uint64_t>(min_of(at, kMostChoices));
@@ -124,7 +137,7 @@ MOEBIUS_DEVICE void list_tokens(
     const DispatchSendParams& p, uint64_t epoch, int begin, int end, const SendShared& shared) {
   shared.positions.clear();
   sync_block();
-  mark_tokens(p, epoch, begin, end, 0, shared);
+  mark_tokens(p, epoch, begin, end, num_threads(), ask_first(p, begin, end), shared);
   sync_block();
   shared.positions.count();
   sync_block();
@@ -196,7 +209,10 @@ MOEBIUS_DEVICE void send_tokens(const SendLaunch& l,
     const Slice slice = Slice::of(l, item);
     if (item.whole != token) {
       token = item.whole;
-      if (token != sender->found) d = find_ranks(p, sender->found = token, shared);
+      if (token != sender->found) {
+        d = ask_choices(p, sender->found = token);
+        find_ranks(p, shared, &d);
+      }
       find_cells(p, slot, token, begin, shared, &d);
     }
     // By another warp than those that send the first heads.
@@ -239,13 +255,17 @@ MOEBIUS_DEVICE void send_tokens(const SendLaunch& l,
   }
 }
 
-// Tells each rank how many tokens each of its experts gets. By one block.
+// Tells each rank how many tokens each of its experts gets. By the warps that have the least to
+// send, of the block that has.
 MOEBIUS_DEVICE void send_counts(const Rank& self, int slot, const SendShared& shared) {
+  constexpr int kNumWarps = 2;
   const HeapLayout& layout = self.layout;
   const Shape& s = layout.shape;
   const int num_local = s.num_local_experts();
+  if (block_index() != num_blocks() - 1 || warp_index() < kWarpsPerBlock - kNumWarps) return;
 #pragma unroll 1
-  for (int expert = thread_index(); expert < s.num_experts; expert += num_threads()) {
+  for (int expert = num_threads() - 1 - thread_index(); expert < s.num_experts;
+       expert += kNumWarps * kWarp) {
     const int dst = expert / num_local;
     if (load(shared.is_alive + dst) == 0) continue;
     std::byte* heap = load(shared.heaps + dst);
@@ -336,21 +356,21 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   const Run run = Run::of(Share::of_grid(), num_items);
   Sender<kEncoding, kX> sender{run.end - run.begin, Part::at(run.begin, l.num_slices), 0, {}};
   sender.fetch(l);
+  if (sender.num_left > 0) {
+    sender.destinations = ask_choices(p, sender.found = sender.next.whole);
+  }
+  const int chunk = l.num_words * 32;
+  const int first_end = static_cast<int>(min_of(chunk, num_valid));
+  const int32_t first_id = ask_first(p, 0, first_end);
   read_ranks(self, shared);
   const int slot = self.layout.slot_of(epoch);
   sync_block();
-  // While the first warps see to the slot, the others begin to list the tokens.
-  const int chunk = l.num_words * 32;
-  const int first_end = static_cast<int>(min_of(chunk, num_valid));
-  if (warp_index() == 0) {
+  if (is_taker()) {
     take_slot(self, epoch, slot, shfl(combined, slot), shared);
   } else {
-    mark_tokens(p, epoch, 0, first_end, kWarp, shared);
+    mark_tokens(p, epoch, 0, first_end, num_threads() - kWarp, first_id, shared);
   }
-  if (sender.num_left > 0) {
-    sender.found = sender.next.whole;
-    sender.destinations = find_ranks(p, sender.found, shared);
-  }
+  if (sender.num_left > 0) find_ranks(p, shared, &sender.destinations);
   sync_block();
   // From here on this kernel waits for no rank: the next one cannot keep out what it waits for.
   const bool is_ready = is_short(num_items);
@@ -381,10 +401,7 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
   // What the last rounds left in the outbox has long left it.
   if (kHasNetwork && self.layout.shape.has_outbox && thread_index() == 0) network_quiet();
   sync_block();
-  // The block that has the least to send.
-  if (s.has_positions && is_ours && block_index() == num_blocks() - 1) {
-    send_counts(self, slot, shared);
-  }
+  if (s.has_positions && is_ours) send_counts(self, slot, shared);
   if (num_valid > chunk) {
     sync_block();
     shared.positions.clear_totals();

@@ -34,10 +34,10 @@ constexpr size_t kMoverSharedBytes =
 
 // Moves rows of `row_bytes` in windows of a stage: items are (row, window), dealt to the warps of
 // `share`. `Rows` says what a row is; the whole warp calls:
-//   from(row)              where it lies, or null if it does not move
-//   ask(row, is_first)     as early as may be: what is read for it is then on its way; is_first:
+//   find(row)              a Found: `at`, where it lies, or null if it does not move
+//   ask(found, is_first)   as early as may be: what is read for it is then on its way; is_first:
 //                          its first window is among those to come
-//   begin(row, is_first)   before its stores, and before the wait for its bytes
+//   begin(row)             before its stores, and before the wait for its bytes
 //   to(n)                  its n-th destination, or null past the last
 //   finish(is_first)       after the stores of a window
 // The whole warp calls start, which asks for the first rows, and run, which does the rest.
@@ -53,8 +53,12 @@ struct Mover {
   int num_windows = 0;
   int num_left = 0;  // items not asked for
   Part next = {0, 0};
-  Part item = {-1, 0};   // asked for and served next; whole -1: none
-  Part ahead = {-1, 0};  // asked for after it
+  struct Item {
+    Part part;  // whole -1: none
+    typename Rows::Found found;
+  };
+  Item item = {{-1, 0}, {}};   // asked for and served next
+  Item ahead = {{-1, 0}, {}};  // asked for after it
 
   MOEBIUS_DEVICE static int64_t offset_of(const Part& p) { return int64_t{p.part} * kStageBytes; }
   MOEBIUS_DEVICE uint32_t bytes_of(const Part& p) const {
@@ -65,21 +69,20 @@ struct Mover {
   }
 
   // Finds the next item that moves and asks for it.
-  MOEBIUS_DEVICE Part request() {
+  MOEBIUS_DEVICE Item request() {
     while (num_left > 0) {
-      const Part found = next;
+      const Item it = {next, rows.find(next.whole)};
       next.advance(num_windows);
       --num_left;
-      const std::byte* from = rows.from(found.whole);
-      if (from == nullptr) continue;
+      if (it.found.at == nullptr) continue;
       warp_bulk_load(stage_of(requested),
-                     from + offset_of(found),
-                     bytes_of(found),
+                     it.found.at + offset_of(it.part),
+                     bytes_of(it.part),
                      shared.filled + requested % kMoverStages);
       ++requested;
-      return found;
+      return it;
     }
-    return {-1, 0};
+    return {{-1, 0}, {}};
   }
 
   MOEBIUS_DEVICE void start(int num_rows) {
@@ -90,27 +93,27 @@ struct Mover {
     next = Part::at(run.begin, num_windows);
     bulk_wait_read<0>();  // of the list before
     item = request();
+    if (item.part.whole >= 0) rows.ask(item.found, item.part.part == 0);
     ahead = request();
   }
 
   MOEBIUS_DEVICE void run() {
-    for (int row = -1; item.whole >= 0; ++served) {
-      const bool is_first = item.part == 0;
-      const bool is_new = item.whole != row;
-      if (is_new) rows.ask(row = item.whole, is_first);
+    for (int row = -1; item.part.whole >= 0; ++served) {
       bulk_wait_read<0>();  // the stage that is asked for next was stored from last
-      const Part after = request();
-      if (is_new) rows.begin(row, is_first);
+      const Item after = request();
+      const Part now = item.part;
+      if (now.whole != row) rows.begin(row = now.whole);
       barrier_wait(shared.filled + served % kMoverStages, served / kMoverStages % 2);
       for (int n = 0;; ++n) {
         std::byte* to = rows.to(n);
         if (to == nullptr) break;
-        warp_bulk_store(to + offset_of(item), stage_of(served), bytes_of(item));
+        warp_bulk_store(to + offset_of(now), stage_of(served), bytes_of(now));
       }
       bulk_commit();
-      rows.finish(is_first);
+      rows.finish(now.part == 0);
       item = ahead;
       ahead = after;
+      if (item.part.whole >= 0 && item.part.whole != row) rows.ask(item.found, item.part.part == 0);
     }
   }
 };

@@ -194,26 +194,23 @@ spin(const Rank& self, int src, SignalKind kind, uint64_t awaited_epoch, uint64_
   }
 }
 
-// Waits for the word of `awaited_epoch`; false if it will not come: then round `epoch` is lost.
-MOEBIUS_DEVICE bool poll(const Rank& self,
-                         int src,
-                         SignalKind kind,
-                         uint64_t awaited_epoch,
-                         uint64_t epoch,
-                         uint64_t* word) {
+// What `src` has signalled so far, in the slot of round `epoch`.
+MOEBIUS_DEVICE uint64_t look(const Rank& self, int src, SignalKind kind, uint64_t epoch) {
   // Pairs with [arrived] in the kernels that send: what the signal announces can be read from here.
-  *word =
-      load_acquire_sys(signal_at(self, self.rank, self.layout.slot_of(awaited_epoch), src, kind));
-  if (!signal_arrived(*word, awaited_epoch)) *word = spin(self, src, kind, awaited_epoch, epoch);
-  return signal_arrived(*word, awaited_epoch);
+  return load_acquire_sys(signal_at(self, self.rank, self.layout.slot_of(epoch), src, kind));
 }
 
-// Waits for the signal of `src` in round `epoch`; its count, or -1 when the round is lost.
-MOEBIUS_DEVICE int64_t
-await_count(const Rank& self, int src, SignalKind kind, uint64_t epoch, int64_t* wait_stats) {
+// Waits for the signal of `src` in round `epoch`, after a look at it; its count, or -1 when the
+// round is lost.
+MOEBIUS_DEVICE int64_t await_count(const Rank& self,
+                                   int src,
+                                   SignalKind kind,
+                                   uint64_t epoch,
+                                   uint64_t word,
+                                   int64_t* wait_stats) {
   const uint64_t start = wait_stats != nullptr ? now_ns() : 0;
-  uint64_t word;
-  const bool is_here = poll(self, src, kind, epoch, epoch, &word);
+  if (!signal_arrived(word, epoch)) word = spin(self, src, kind, epoch, epoch);
+  const bool is_here = signal_arrived(word, epoch);
   const uint64_t waited_ns = wait_stats != nullptr ? now_ns() - start : 0;
   if (wait_stats != nullptr && block_index() == 0) {
     store(wait_stats + src, load(wait_stats + src) + static_cast<int64_t>(waited_ns));
@@ -335,12 +332,15 @@ MOEBIUS_COLD void record_stale(const Rank& self, Half half, uint64_t epoch, uint
   record(self, half, fault);
 }
 
+// All threads call.
 MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half half) {
   Begun begun;
+  // All of this is on its way together.
   begun.epoch = load(handle);
-  begun.slot = self.layout.slot_of(begun.epoch);
-  begun.is_lost = load(&self.state->lost[begun.slot]) == begun.epoch + 1;
   const uint64_t next = load(&control_of(self, self.rank)->epoch);
+  const uint64_t lost = lane() < kMaxDepth ? load(self.state->lost + lane()) : 0;
+  begun.slot = self.layout.slot_of(begun.epoch);
+  begun.is_lost = shfl(lost, begun.slot) == begun.epoch + 1;
   const uint64_t depth = static_cast<uint64_t>(self.layout.shape.depth);
   begun.is_stale = begun.epoch >= next || next - begun.epoch > depth;
   if (begun.is_stale && block_index() == 0 && thread_index() == 0) {
@@ -353,6 +353,20 @@ MOEBIUS_DEVICE Begun begin_half(const Rank& self, const uint64_t* handle, Half h
 MOEBIUS_DEVICE void clear_awaiting(const Rank& self) {
   uint64_t* awaiting = &control_of(self, self.rank)->awaiting;
   if (load(awaiting) != 0) store_release_sys(awaiting, uint64_t{0});
+}
+
+// As arrive, for the receive halves, whose blocks meet once nothing can fail any more: while their
+// rows are on their way the last block learns whether the round is lost now, and says that this
+// rank waits no longer.
+MOEBIUS_DEVICE void arrive_received(const Rank& self,
+                                    const Begun& begun,
+                                    Half half,
+                                    Ending* ending) {
+  arrive(self, half, ending);
+  if (load(&ending->met) == 0) return;
+  const bool is_lost = has_failed(self, begun.epoch) && !begun.is_lost;
+  store(&ending->met, kIsLast | (is_lost ? kAnyFailed : 0));
+  clear_awaiting(self);
 }
 
 }  // namespace moebius::cuda

@@ -86,17 +86,9 @@ MOEBIUS_DEVICE int32_t reply_row(const Rank& self, const std::byte* cell) {
   return row >= 0 && last < s.max_num_tokens * s.replies_per_token() ? row : -1;
 }
 
-MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const ReplyShared& shared) {
-  // The last source that begins at or before it.
-  int i = 0, end = shared.num_sources();
-  while (end - i > 1) {
-    const int middle = (i + end) / 2;
-    if (shared.cells_before(middle) <= number) {
-      i = middle;
-    } else {
-      end = middle;
-    }
-  }
+// `i`: number of its source, in their order.
+MOEBIUS_DEVICE Reply
+reply_of(const Rank& self, int slot, int i, int number, const ReplyShared& shared) {
   const int index = number - shared.cells_before(i);
   Reply r;
   r.src = load(shared.order + i);
@@ -104,6 +96,17 @@ MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const Re
   r.cell = self.heap + self.layout.cell(slot, r.src, index);
   r.row = reply_row(self, r.cell);
   return r;
+}
+MOEBIUS_DEVICE Reply find_reply(const Rank& self, int slot, int number, const ReplyShared& shared) {
+  const int i = find_source(shared.first_cell, shared.num_sources(), number);
+  return reply_of(self, slot, i, number, shared);
+}
+MOEBIUS_DEVICE Reply warp_find_reply(const Rank& self,
+                                     int slot,
+                                     int number,
+                                     const ReplyShared& shared) {
+  const int i = warp_find_source(shared.first_cell, shared.num_sources(), number);
+  return reply_of(self, slot, i, number, shared);
 }
 
 // Where a choice of a cell was put: address in expert_out, or null.

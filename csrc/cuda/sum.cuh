@@ -7,9 +7,10 @@
 
 namespace moebius::cuda {
 
-// Slices of a row, for a warp each; few rows are then spread over many warps.
-MOEBIUS_HD constexpr int num_slices(int64_t row_bytes) {
-  return static_cast<int>((row_bytes / 16 + kSumUnroll * kWarp - 1) / (kSumUnroll * kWarp));
+// Slices of a row, for a warp each, of `unroll` vectors a lane; few rows are then spread over many
+// warps.
+MOEBIUS_HD constexpr int num_slices(int64_t row_bytes, int unroll = kSumUnroll) {
+  return static_cast<int>((row_bytes / 16 + unroll * kWarp - 1) / (unroll * kWarp));
 }
 
 // One sum: out[v] = sum over the lanes in `which`, ascending, of weight * row[v], for the 16-byte
@@ -78,6 +79,45 @@ MOEBIUS_DEVICE void sum_rows(Items& items) {
       if (v < sum.end)
         store(reinterpret_cast<Vec16*>(sum.out) + v, Numbers<kDtype>::narrow(sums[u]));
     }
+  }
+}
+
+constexpr int kRowsAhead = 4;
+
+// Likewise, where each sum is of one vector a lane: it has registers for many rows at a time, and
+// waits for few of them one after the other.
+template <Dtype kDtype, bool kHasWeights, class Items>
+MOEBIUS_DEVICE void sum_narrow_rows(Items& items) {
+  constexpr int kCount = Numbers<kDtype>::kCount;
+  Sum sum;
+#pragma unroll 1
+  while (items.next(&sum)) {
+    const int v = sum.begin + lane();
+    float sums[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) sums[c] = 0.0f;
+#pragma unroll 1
+    for (uint32_t rest = sum.which; rest != 0;) {
+      Vec16 raw[kRowsAhead];
+      uint32_t left = rest;
+#pragma unroll
+      for (int r = 0; r < kRowsAhead; ++r, left &= left - 1) {
+        const auto* row = reinterpret_cast<const Vec16*>(shfl(sum.row, lowest(left) & (kWarp - 1)));
+        raw[r] = Vec16{{0, 0, 0, 0}};
+        if (left != 0 && v < sum.end) raw[r] = load_last(row + v);
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsAhead; ++r) {
+        if (rest == 0) break;
+        const float w = kHasWeights ? shfl(sum.weight, lowest(rest)) : 1.0f;
+        rest &= rest - 1;
+        float f[kCount];
+        Numbers<kDtype>::widen(raw[r], f);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sums[c] = add(sums[c], kHasWeights ? mul(f[c], w) : f[c]);
+      }
+    }
+    if (v < sum.end) store(reinterpret_cast<Vec16*>(sum.out) + v, Numbers<kDtype>::narrow(sums));
   }
 }
 

@@ -15,6 +15,28 @@ struct Share {
   MOEBIUS_DEVICE static Share of_block() { return {warp_index(), kWarpsPerBlock}; }
 };
 
+// Items that stand source by source: `first[i]` of them before source i. The source of one: the
+// last that begins at or before it.
+MOEBIUS_DEVICE int find_source(const int32_t* first, int num_sources, int number) {
+  int found = 0, end = num_sources;
+  while (end - found > 1) {
+    const int middle = (found + end) / 2;
+    if (load(first + middle) <= number) {
+      found = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return found;
+}
+// The same, by a warp, all lanes of which look for one item.
+MOEBIUS_DEVICE int warp_find_source(const int32_t* first, int num_sources, int number) {
+  if (num_sources > kWarp) return find_source(first, num_sources, number);
+  const bool has_begun = lane() < num_sources && load(first + lane()) <= number;
+  const int found = popcount(ballot(has_begun)) - 1;
+  return found < 0 ? 0 : found;
+}
+
 // The items of [0, n) that a warp does. They are neighbours: what they have in common is found out
 // once. Few items are spread over all blocks.
 struct Run {
