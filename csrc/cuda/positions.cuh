@@ -8,7 +8,7 @@
 namespace moebius::cuda {
 
 #if defined(MOEBIUS_SIMT)
-constexpr int kFewWords = 1;
+constexpr int kFewWords = 2;
 #else
 constexpr int kFewWords = 32;
 #endif
@@ -86,7 +86,7 @@ struct Positions {
 // Words of a chunk: all items, if their bitmaps are no larger than this. So small on the host
 // executor that a few dozen items are more than one chunk.
 #if defined(MOEBIUS_SIMT)
-constexpr int64_t kPositionsBytes = 64;
+constexpr int64_t kPositionsBytes = 256;
 #else
 constexpr int64_t kPositionsBytes = 48 * 1024;
 #endif

@@ -15,7 +15,7 @@
 
 namespace moebius::simt {
 
-constexpr int kMaxRanks = 16;
+constexpr int kMaxRanks = 40;
 constexpr int kMaxWarps = 32;  // of a block
 
 // What a thread is entitled to see: of its block's warps, of its rank, and of every rank, all that

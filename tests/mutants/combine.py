@@ -8,6 +8,9 @@ REPLIES = "cuda/replies.cuh"
 SEND = "cuda/combine_send.cu"
 RECV = "cuda/combine_recv.cu"
 SUM = "cuda/sum.cuh"
+RANK = "cuda/rank.cuh"
+WORK = "cuda/work.cuh"
+MEET = "  if (is_bookkeeper()) arrive_received(self, begun, Half::kCombineRecv, ending);\n"
 
 MUTANTS = [
     Mutant(
@@ -59,12 +62,12 @@ MUTANTS = [
     ),
     Mutant(
         "cr-no-wait", RECV,
-        "    if (!await_rows(p, begun, src, owed)) store(&ending->has_failed, 1u);\n", "",
+        "    if (!await_rows(p, begun, src)) store(&ending->has_failed, 1u);\n", "",
         "rows are summed before they have come", "plain",
     ),
     Mutant(
         "cr-no-barrier-after-poll", RECV,
-        "  sync_block();\n  const int num_items", "  const int num_items",
+        "  sync_block();\n  // So few", "  // So few",
         "rows are summed by threads that know of no signal", "plain",
     ),
     Mutant(
@@ -79,21 +82,21 @@ MUTANTS = [
         "tokens that were not sent get rows of an earlier round", "plain",
     ),
     Mutant(
-        "cr-awaiting-kept", RECV,
-        "  if (is_bookkeeper()) clear_awaiting(self);\n", "",
-        "a rank says that it waits when it does not", "stopped",
+        "cr-awaiting-kept", RANK,
+        "(is_lost ? kAnyFailed : 0));\n  clear_awaiting(self);\n", "(is_lost ? kAnyFailed : 0));\n",
+        "a rank says that it waits when it does not", "stopped", ("combine_recv",),
     ),
     Mutant(
         "cr-arrives-before-the-barrier", RECV,
-        "  sync_block();\n  const int num_items",
-        "  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);\n  sync_block();\n  const int num_items",
+        "  sync_block();\n  // So few",
+        MEET + "  sync_block();\n  // So few",
         "the last block does not know what the others failed for", "stopped",
-        also=(("  if (is_bookkeeper()) arrive(self, Half::kCombineRecv, ending);\n  const bool is_lost",
+        also=((MEET + "  const bool is_lost",
                "  const bool is_lost"),),
     ),
     Mutant(
         "cr-no-barrier-before-met", RECV,
-        "  sync_block();\n  if (load(&ending->met) == 0) return;", "  if (load(&ending->met) == 0) return;",
+        "  sync_block();\n  if ((load(&ending->met) &", "  if ((load(&ending->met) &",
         "threads of the last block do not know that it is", "stopped",
     ),
     Mutant(
@@ -133,9 +136,32 @@ MUTANTS = [
         "only the beginning of long rows is summed", "windows",
     ),
     Mutant(
-        "cs-reply-of-the-source-before", REPLIES,
-        "    if (shared.cells_before(middle) <= number) {", "    if (shared.cells_before(middle) < number) {",
-        "the first cell of a source is answered to the one before", "plain",
+        "cs-reply-of-the-source-before", WORK,
+        "load(first + lane()) <= number;", "load(first + lane()) < number;",
+        "the first cell of a source is answered to the one before", "plain", ("combine_send",),
+    ),
+    Mutant(
+        "cs-reply-of-the-source-before-of-many", WORK,
+        "    if (load(first + middle) <= number) {", "    if (load(first + middle) < number) {",
+        "with more ranks than lanes, the first cell of a source is answered to the one before", "many-ranks",
+        ("combine_send",), num_seeds=10,
+    ),
+    Mutant(
+        "cr-narrow-rows-left-out", SUM,
+        "      for (int r = 0; r < kRowsAhead; ++r, left &= left - 1) {",
+        "      for (int r = 0; r + 1 < kRowsAhead; ++r, left &= left - 1) {",
+        "the last of a batch of rows is summed as zeros", "rows-many", ("combine_recv",),
+    ),
+    Mutant(
+        "cr-narrow-one-batch", SUM,
+        "    for (uint32_t rest = sum.which; rest != 0;) {",
+        "    for (uint32_t rest = sum.which; rest == sum.which && rest != 0;) {",
+        "rows after the first batch are left out", "rows-many", ("combine_recv",),
+    ),
+    Mutant(
+        "cr-narrow-slices-are-wide", RECV,
+        "is_narrow ? 1 : kSumUnroll);", "kSumUnroll);",
+        "the second half of a slice is not summed", "rows-many", ("combine_recv",),
     ),
     Mutant(
         "sum-next-of-the-same", SUM,

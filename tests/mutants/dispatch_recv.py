@@ -5,10 +5,19 @@ from __future__ import annotations
 from .mutant import Mutant
 
 RECV = "cuda/dispatch_recv.cu"
+EXPERTS = "cuda/experts.cuh"
+CELLS = "cuda/cells.cuh"
 SCALES = "cuda/scales.cuh"
-ARRIVE_EXPERT_MAJOR = (
-    "    if (end == num_cells && is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n"
+WORK = "cuda/work.cuh"
+RANK = "cuda/rank.cuh"
+MEET = "  if (is_bookkeeper()) arrive_received(p.self, begun, Half::kDispatchRecv, shared.ending);\n"
+# That of expert_major, by what follows.
+ARRIVE_EXPERT_MAJOR = MEET + "  if (block_index() == 0) note_ranges"
+ARRIVE_EARLY = (
+    "  if (is_bookkeeper() && !self.is_token_major) {\n"
+    "    arrive_received(self, begun, Half::kDispatchRecv, shared.ending);\n  }\n"
 )
+NO_ARRIVAL = "  if (block_index() == 0) note_ranges"
 
 MUTANTS = [
     Mutant(
@@ -36,8 +45,8 @@ MUTANTS = [
         "plain",
         also=(
             (
-                "mover.start(end - begin);\n    shared.positions.count();",
-                "mover.start(end - begin);\n    fence_proxy_async();\n    shared.positions.count();",
+                "  const int step = Share::of_grid().num_warps * kWarp;\n",
+                "  fence_proxy_async();\n  const int step = Share::of_grid().num_warps * kWarp;\n",
             ),
         ),
     ),
@@ -67,30 +76,6 @@ MUTANTS = [
         "plain",
     ),
     Mutant(
-        "dr-no-barrier-before-count",
-        RECV,
-        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n  }\n  sync_block();\n",
-        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n  }\n",
-        "cells are counted that are not listed yet",
-        "plain",
-    ),
-    Mutant(
-        "dr-no-barrier-between-chunks",
-        RECV,
-        "    begin = end;\n    sync_block();\n",
-        "    begin = end;\n",
-        "the lists of a chunk are cleared while they are read",
-        "chunks",
-    ),
-    Mutant(
-        "dr-row-of-wrong-choice",
-        RECV,
-        "store(rows + inbox * s.num_topk + choice, at);",
-        "store(rows + inbox * s.num_topk + (choice + 1) % s.num_topk, at);",
-        "combine takes a choice's row for another's",
-        "plain",
-    ),
-    Mutant(
         "dr-expert-twice",
         RECV,
         "      if (k < lane() && other == id) is_first = false;",
@@ -117,8 +102,8 @@ MUTANTS = [
     Mutant(
         "dr-mask-ignored",
         RECV,
-        "if (!begun.is_lost && !is_masked(self, src)) {",
-        "if (!begun.is_lost) {",
+        "    if (!begun.is_lost && !is_dead) {",
+        "    if (!begun.is_lost) {",
         "a rank that was given up is waited for again",
         "stopped",
     ),
@@ -131,72 +116,23 @@ MUTANTS = [
         "plain",
     ),
     Mutant(
-        "dr-no-barrier-after-count",
-        RECV,
-        "    shared.positions.count();\n    sync_block();\n",
-        "    shared.positions.count();\n",
-        "rows are looked up in lists that are not counted yet",
-        "plain",
-    ),
-    Mutant(
-        "dr-odd-id-not-masked",
-        RECV,
-        "        if (2 * (first + i) + 1 == s.num_topk) ids[i] |= ~uint64_t{0} << 32;\n",
-        "",
-        "with an odd number of choices, what follows the ids is taken for one",
-        "plain",
-    ),
-    Mutant(
-        "dr-last-id-masked",
-        RECV,
-        "(first + i) + 1 == s.num_topk)",
-        "(first + i) + 2 >= s.num_topk)",
-        "with an even number of choices, the last one is lost",
-        "interleaved",
-    ),
-    Mutant(
-        "dr-second-pair-is-the-first",
-        RECV,
-        "load(pairs + first + i) : ~uint64_t{0}",
-        "load(pairs + first) : ~uint64_t{0}",
-        "the second pair of ids of a cell is taken for its first",
-        "four-ranks",
-    ),
-    Mutant(
-        "dr-range-from-the-start",
-        RECV,
-        "      from = load(range) >> 32;  // of a chunk before\n",
-        "",
-        "rows of a source that go on in another chunk seem to begin at none",
-        "chunks",
-    ),
-    Mutant(
-        "dr-cell-of-the-source-before",
-        RECV,
-        "    if (load(shared.first_cell + middle) <= number) {",
-        "    if (load(shared.first_cell + middle) < number) {",
-        "the first cell of a source is looked for at the one before",
-        "plain",
-    ),
-    Mutant(
         "dr-arrives-before-it-waits",
         RECV,
         "  await_cells(p, begun, shared);\n",
-        "  if (is_bookkeeper() && !self.is_token_major) arrive(self, Half::kDispatchRecv, shared.ending);\n"
-        "  await_cells(p, begun, shared);\n",
+        ARRIVE_EARLY + "  await_cells(p, begun, shared);\n",
         "the last block does not know what the others failed for",
         "stopped",
-        also=((ARRIVE_EXPERT_MAJOR, ""),),
+        also=((ARRIVE_EXPERT_MAJOR, NO_ARRIVAL),),
     ),
     Mutant(
         "dr-arrives-before-the-barrier",
         RECV,
         "  // The bulk loads below read what peers wrote.\n",
-        "  if (is_bookkeeper() && !self.is_token_major) arrive(self, Half::kDispatchRecv, shared.ending);\n",
+        ARRIVE_EARLY,
         "the last block does not know what the others failed for",
         "stopped",
         also=(
-            (ARRIVE_EXPERT_MAJOR, ""),
+            (ARRIVE_EXPERT_MAJOR, NO_ARRIVAL),
             (
                 "  sync_block();\n  if (warp_index() == 0) {\n    const bool is_lost",
                 "  if (warp_index() == 0) {\n    const bool is_lost",
@@ -204,51 +140,65 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "dr-arrives-before-the-list",
+        "dr-arrives-before-the-choices",
         RECV,
-        "    list_cells(p.self, begun, begin, end, shared);\n",
-        ARRIVE_EXPERT_MAJOR + "    list_cells(p.self, begun, begin, end, shared);\n",
+        "  const int step = Share::of_grid().num_warps * kWarp;\n",
+        MEET + "  const int step = Share::of_grid().num_warps * kWarp;\n",
         "the last block does not know which cell another could not read",
         "bad-cell",
-        also=(
-            (
-                "from here on: the blocks meet while the rows are on their way.\n" + ARRIVE_EXPERT_MAJOR,
-                "from here on: the blocks meet while the rows are on their way.\n",
-            ),
-        ),
+        also=((ARRIVE_EXPERT_MAJOR, NO_ARRIVAL),),
         num_seeds=150,
     ),
     Mutant(
-        "dr-bad-id-taken",
-        RECV,
-        "        if (id < -1 || id >= num_local) {",
-        "        if (id < -1) {",
-        "an expert that there is not gets a row",
-        "bad-cell",
+        "dr-cell-of-the-source-before",
+        WORK,
+        "load(first + lane()) <= number;",
+        "load(first + lane()) < number;",
+        "the first cell of a source is looked for at the one before",
+        "plain",
+        ("dispatch_recv",),
     ),
     Mutant(
-        "dr-bad-id-left-out",
+        "dr-choice-of-the-source-before",
+        WORK,
+        "    if (load(first + middle) <= number) {",
+        "    if (load(first + middle) < number) {",
+        "what is noted of the first cell of a source is noted of the one before",
+        "plain",
+        ("dispatch_recv",),
+    ),
+    Mutant(
+        "dr-scales-of-later-windows",
+        EXPERTS,
+        "    if (is_first && p.scales != nullptr) scales.read(p, cell.at);",
+        "    if (!is_first && p.scales != nullptr) scales.read(p, cell.at);",
+        "a row's scales are not written",
+        "fp8",
+    ),
+    Mutant(
+        "dr-sources-not-noted",
         RECV,
-        "          is_good = false;\n",
+        "    note_sources(p, begun, false, shared);\n",
         "",
-        "a cell that names no expert is received as if it were good",
+        "nobody is answered",
+        "plain",
+    ),
+    Mutant(
+        "dr-lost-not-counted-out",
+        RECV,
+        "  if (!is_lost && !self.is_token_major && p.expert_stats == nullptr) return;\n",
+        "  if (!self.is_token_major && p.expert_stats == nullptr) return;\n",
+        "a lost round shows tokens",
         "bad-cell",
     ),
     Mutant(
-        "dr-reply-row-not-looked-at",
-        RECV,
-        "    bool is_good = is_sane(self, cell.at);\n",
-        "    bool is_good = true;\n",
-        "a reply would go anywhere",
-        "bad-cell",
-    ),
-    Mutant(
-        "dr-wrong-source-blamed",
-        RECV,
-        "    if (!is_good) fail_cell(self, begun.epoch, cell.src);\n",
-        "    if (!is_good) fail_cell(self, begun.epoch, cell.src ^ 1);\n",
-        "a rank is blamed for another's cell",
-        "bad-cell",
+        "dr-awaiting-kept",
+        RANK,
+        "(is_lost ? kAnyFailed : 0));\n  clear_awaiting(self);\n",
+        "(is_lost ? kAnyFailed : 0));\n",
+        "a rank says that it waits when it does not",
+        "dispatch-only",
+        ("dispatch_recv",),
     ),
     Mutant(
         "dr-token-bad-id-left-out",
@@ -261,27 +211,19 @@ MUTANTS = [
     Mutant(
         "dr-token-reply-row-not-looked-at",
         RECV,
-        "    if (lane() == 0 && !is_sane(p.self, cell.at)) fail_cell(p.self, begun.epoch, cell.src);\n",
-        "",
+        "    if (lane() == 0 && !is_reply_row(s, load(&head->reply_row))) {",
+        "    if (lane() == 0 && load(&head->reply_row) > 1 << 30) {",
         "a reply would go anywhere",
         "bad-cell-token",
     ),
     Mutant(
         "dr-token-arrives-before-the-barrier",
         RECV,
-        "  sync_block();\n  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
-        "  if (is_bookkeeper()) arrive(p.self, Half::kDispatchRecv, shared.ending);\n  mover.run();",
+        "  sync_block();\n" + MEET + "  mover.run();",
+        MEET + "  mover.run();",
         "the last block reads counts to which others have not added",
         "token-major",
         num_seeds=1500,
-    ),
-    Mutant(
-        "dr-arrives-with-every-chunk",
-        RECV,
-        "    if (end == num_cells && is_bookkeeper()) arrive",
-        "    if (is_bookkeeper()) arrive",
-        "a block with several chunks counts as several",
-        "chunks",
     ),
     Mutant(
         "dr-no-barrier-before-met",
@@ -290,14 +232,6 @@ MUTANTS = [
         "  if (load(&shared.ending->met) != 0)",
         "threads of the last block do not know that it is",
         "plain",
-    ),
-    Mutant(
-        "dr-awaiting-kept",
-        RECV,
-        "  if (is_bookkeeper()) clear_awaiting(self);\n",
-        "",
-        "a rank says that it waits when it does not",
-        "dispatch-only",
     ),
     Mutant(
         "dr-scales-of-the-first-words",
@@ -314,13 +248,5 @@ MUTANTS = [
         "",
         "the end of long rows of scales is not written",
         "wide",
-    ),
-    Mutant(
-        "dr-scales-of-later-windows",
-        RECV,
-        "    if (is_first && p.scales != nullptr) scales.read(p, from(row));",
-        "    if (!is_first && p.scales != nullptr) scales.read(p, from(row));",
-        "a row's scales are not written",
-        "fp8",
     ),
 ]

@@ -38,8 +38,8 @@ MUTANTS = [
         "    send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &sender);",
         "    sender.stage = 0;\n    send_tokens<kEncoding, kX>(l, slot, begin, end, shared, &sender);",
         "the second chunk fills the stage that the first one's last copy reads",
-        "chunks-send",
-        num_seeds=150,
+        "chunks",
+        num_seeds=400,
     ),
     Mutant(
         "ds-filled-with-the-next",
@@ -200,8 +200,8 @@ MUTANTS = [
     Mutant(
         "ds-weights-reversed",
         DESTINATIONS,
-        "ids + s.num_topk) + lane(), d.weight);",
-        "ids + s.num_topk) + s.num_topk - 1 - lane(), d.weight);",
+        "layout.weights_in_cell()) + lane(), d.weight);",
+        "layout.weights_in_cell()) + s.num_topk - 1 - lane(), d.weight);",
         "weights belong to other choices",
         "plain",
     ),
@@ -264,9 +264,17 @@ MUTANTS = [
     Mutant(
         "ds-ranks-of-the-token-before",
         SEND,
-        "      if (token != sender->found) d = find_ranks",
-        "      if (sender->found < 0) d = find_ranks",
+        "      if (token != sender->found) {\n",
+        "      if (sender->found < 0) {\n",
         "a token goes where the warp's first one went",
         "plain",
+    ),
+    Mutant(
+        "ds-next-choice-of-another",
+        SEND,
+        "next = id_at(p, at + num_listing);",
+        "next = id_at(p, at);",
+        "a thread lists its first choice again",
+        "chunks-send",
     ),
 ]

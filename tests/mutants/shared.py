@@ -39,7 +39,8 @@ MUTANTS = [
     ),
     Mutant(
         "poll-relaxed", RANK,
-        "  *word =\n      load_acquire_sys(", "  *word =\n      load_relaxed_sys(",
+        "  return load_acquire_sys(signal_at(self, self.rank, self.layout.slot_of(epoch)",
+        "  return load_relaxed_sys(signal_at(self, self.rank, self.layout.slot_of(epoch)",
         "what was signalled before the first look is not seen", "plain", RECEIVE,
     ),
     Mutant(
@@ -169,7 +170,7 @@ MUTANTS = [
     ),
     Mutant(
         "mover-row-not-begun", MOVER,
-        "      if (item.whole != row) rows.begin", "      if (row < 0) rows.begin",
+        "      if (now.whole != row) rows.begin", "      if (row < 0) rows.begin",
         "a warp's second row is stored over its first one", "plain", ("dispatch_recv",),
     ),
     Mutant(
@@ -232,14 +233,36 @@ MUTANTS = [
     ),
     Mutant(
         "lost-forgotten", RANK,
-        "  begun.is_lost = load(&self.state->lost[begun.slot]) == begun.epoch + 1;",
+        "  begun.is_lost = shfl(lost, begun.slot) == begun.epoch + 1;",
         "  begun.is_lost = false;",
         "the halves of a lost round wait again", "stopped",
     ),
     Mutant(
         "positions-of-first-words", "cuda/positions.cuh",
         "base += shfl(sum, kWarp - 1);", "base += shfl(sum, 0);",
-        "items behind a chunk's first word are not counted", "chunks-send", DISPATCH,
+        "items behind a chunk's first word are not counted", "many-tokens", ("dispatch_send",),
+    ),
+    Mutant(
+        "positions-of-the-first-word", "cuda/positions.cuh",
+        "sum += popcount(load(bits + at));", "sum += popcount(load(bits + c * num_words));",
+        "words of a column count as its first one", "chunks-send", ("dispatch_send",),
+    ),
+    Mutant(
+        "lost-of-another-slot", RANK,
+        "  begun.is_lost = shfl(lost, begun.slot) == begun.epoch + 1;",
+        "  begun.is_lost = shfl(lost, 0) == begun.epoch + 1;",
+        "a lost round of another slot is not known to be", "stopped",
+    ),
+    Mutant(
+        "received-lost-not-told", RANK,
+        "  const bool is_lost = has_failed(self, begun.epoch) && !begun.is_lost;\n",
+        "  const bool is_lost = false;\n",
+        "nobody acts on a round that the receive half has lost", "stopped",
+    ),
+    Mutant(
+        "mover-next-row-not-asked-for", MOVER,
+        "      if (item.part.whole >= 0 && item.part.whole != row) rows.ask(item.found, item.part.part == 0);\n", "",
+        "a warp's second row goes where its first one went", "plain", ("dispatch_recv",),
     ),
     Mutant(
         "scale-of-half-a-group", "cuda/payload.cuh",

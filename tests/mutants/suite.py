@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from tests.helpers import kernels
 
-from . import combine, dispatch_recv, dispatch_send, shared
+from . import combine, dispatch_recv, dispatch_send, rows, shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .mutant import Mutant
 
-MUTANTS: list[Mutant] = [*dispatch_send.MUTANTS, *dispatch_recv.MUTANTS, *combine.MUTANTS, *shared.MUTANTS]
+FILES = (dispatch_send, dispatch_recv, rows, combine, shared)
+MUTANTS: list[Mutant] = [mutant for file in FILES for mutant in file.MUTANTS]
 FIRST_SEED = 1
 
 

@@ -47,9 +47,16 @@ def provide_operators() -> list[str]:
 def triton_experts() -> Any:
     """vLLM's class."""
     provide_operators()
-    from vllm.model_executor.layers.fused_moe.experts.fused_batched_moe import BatchedTritonExperts
+    from vllm.model_executor.layers.fused_moe.experts import fused_batched_moe
 
-    return BatchedTritonExperts
+    if not hasattr(torch.Stream, "is_capturing"):
+        # vLLM asks a stream, which only the torch that it pins can answer; an older one is asked in its own way.
+        fused_batched_moe._is_capturing_or_compiling = _is_capturing_or_compiling
+    return fused_batched_moe.BatchedTritonExperts
+
+
+def _is_capturing_or_compiling() -> bool:
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 class DequantisingExperts(QuantisedBatchedExperts):

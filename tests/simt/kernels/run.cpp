@@ -151,8 +151,8 @@ void Run::launch(const Action& action, int rank) {
                      input(action.round, rank).num_tokens});
 }
 
-// Writes into a cell of the last round what no rank would: an expert that there is not, or a row of
-// replies.
+// Writes into a cell of the last round, or the counts before it, what no rank would: an expert, a
+// row of replies, a row of an expert or a number of rows that there is not.
 void Run::spoil() {
   const int round = case_.num_rounds - 1, rank = random_.below(case_.num_ranks);
   const int first = random_.below(case_.num_ranks);
@@ -165,17 +165,28 @@ void Run::spoil() {
     if (counts[src] == 0) continue;
     spoilt_rank_ = rank;
     spoilt_src_ = src;
-    std::byte* const cell =
-        heaps_[static_cast<size_t>(rank)]->data() +
-        heap.cell(heap.slot_of(static_cast<uint64_t>(round)), src, random_.below(counts[src]));
+    const int slot = heap.slot_of(static_cast<uint64_t>(round));
+    std::byte* const memory = heaps_[static_cast<size_t>(rank)]->data();
+    std::byte* const cell = memory + heap.cell(slot, src, random_.below(counts[src]));
     auto* const head = reinterpret_cast<CellHead*>(cell + heap.head_in_cell);
-    auto* const ids = reinterpret_cast<int32_t*>(head + 1);
+    auto* const ids = reinterpret_cast<int32_t*>(cell + heap.ids_in_cell());
+    auto* const positions = reinterpret_cast<int32_t*>(cell + heap.positions_in_cell());
+    auto* const rows = reinterpret_cast<int32_t*>(memory + heap.counts(slot, src));
     const bool is_low = random_.one_in(2);
-    const int32_t bad_id = is_low ? -2 : case_.num_local_experts();
-    const int32_t bad_row = is_low ? -1 : case_.max_num_tokens * case_.num_topk;
-    int32_t* const at = random_.one_in(3) ? &head->reply_row : ids + random_.below(case_.num_topk);
-    cuda::copy(at, at == &head->reply_row ? &bad_row : &bad_id, sizeof *at);
-    return;
+    int choice = random_.below(case_.num_topk);
+    const auto write = [](int32_t* at, int32_t word) { cuda::copy(at, &word, sizeof word); };
+    switch (random_.below(heap.shape.has_positions ? 5 : 3)) {
+      case 0:
+        return write(&head->reply_row, is_low ? -1 : case_.max_num_tokens * case_.num_topk);
+      case 3:
+        while (ids[choice] < 0) choice = (choice + 1) % case_.num_topk;
+        return write(positions + choice, is_low ? -1 : rows[ids[choice]]);
+      case 4:
+        return write(rows + random_.below(case_.num_local_experts()),
+                     is_low ? -1 : counts[src] + 1);
+      default:
+        return write(ids + choice, is_low ? -2 : case_.num_local_experts());
+    }
   }
 }
 
