@@ -65,6 +65,9 @@ NVCC_FLAGS = [
 ]
 
 
+PLAIN = ("csrc/bindings/plain*.cpp", "csrc/bindings/tensors.cpp")
+
+
 def cuda(nvcc: str) -> Pybind11Extension:
     """The CUDA engine. The runtime is linked statically and the driver not at all: it loads where there is no GPU."""
     # Where it would link from; it may itself be a script, or lie in another folder than the libraries.
@@ -76,7 +79,7 @@ def cuda(nvcc: str) -> Pybind11Extension:
     folders += [home / name for home in homes for name in ("lib64", "lib")]
     return Pybind11Extension(
         f"{PACKAGE}._cuda",
-        [*files("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "csrc/bindings/cuda.cpp"],
+        files("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/bindings/cuda.cpp", *PLAIN),
         include_dirs=["csrc"],
         library_dirs=[str(folder) for folder in folders if (folder / "libcudart_static.a").exists()],
         libraries=["cudart_static", "rt", "dl", "pthread"],

@@ -4,8 +4,15 @@ A half returns 0 when it is enqueued, 1 when it is not because an earlier one fa
 the stream is not part of the capture that the round belongs to. Everything may raise `CudaError`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
+
+from .all_to_all import AllToAll
+from .results import Dispatched, PendingCombine, PendingDispatch
+from .rounds import Round, Stage
+from .slots import SlotBuffers
 
 class Memory:
     def __init__(self, device: int, num_bytes: int) -> None: ...
@@ -107,6 +114,67 @@ class Engine:
     def mask(self, rank: int, is_dead: bool, /) -> None: ...
     def round_of(self, handle: int, /) -> int: ...
     def synchronize(self, stream: int, /) -> None: ...
+
+class Plain:
+    """The halves as most calls want them; None is returned where a call is another, and nothing has happened then.
+
+    An owner is an `AllToAll`, an option an argument by keyword, in the order of `AllToAll`'s methods.
+    """
+
+    def dispatch_send(
+        self,
+        owner: AllToAll,
+        x: object,
+        topk_ids: object,
+        topk_weights: object,
+        scales: object,
+        num_valid_tokens: object,
+        out: object,
+        out_scales: object,
+        expert_stats: object,
+        wait_stats: object,
+        /,
+    ) -> PendingDispatch | None: ...
+    def dispatch_recv(self, pending: PendingDispatch, /) -> Dispatched | None: ...
+    def combine_send(
+        self,
+        owner: AllToAll,
+        expert_out: object,
+        recv: object,
+        topk_weights: object,
+        out: object,
+        wait_stats: object,
+        /,
+    ) -> PendingCombine | None: ...
+    def combine_recv(self, pending: PendingCombine, /) -> Tensor | None: ...
+
+def plain(
+    *,
+    engine: Engine,
+    device_index: int,
+    current_stream: Callable[[], int] | None,
+    inputs: Sequence[tuple[Tensor, int]],
+    sequence: object,
+    rounds: list[Round | None],
+    handles: list[int],
+    shown: list[SlotBuffers | None],
+    stages: tuple[Stage, ...],
+    classes: dict[str, type],
+) -> Plain | None:
+    """What makes an engine's plain calls; None where this torch cannot be asked for tensors.
+
+    Args:
+        engine: that launches.
+        device_index: of the CUDA device, -1 for memory of the host.
+        current_stream: None is torch's.
+        inputs: a tensor of each dtype that x may have without scales, and what the engine calls it, or -1.
+        sequence: of the eager rounds.
+        rounds: the last of each slot.
+        handles: of each slot.
+        shown: the result of each slot.
+        stages: in order.
+        classes: see `moebius.cuda.plain`.
+    """
 
 def num_devices() -> int: ...
 def num_multiprocessors(device: int, /) -> int: ...

@@ -6,10 +6,12 @@ end the process.
 
 from ._cuda import Engine as Engine
 from ._cuda import Memory as Memory
+from ._cuda import Plain as Plain
 from ._cuda import RecvBuffers as RecvBuffers
 from ._cuda import capture_id as capture_id
 from ._cuda import num_devices as num_devices
 from ._cuda import num_multiprocessors as num_multiprocessors
+from ._cuda import plain as plain
 
 def version_built() -> tuple[int, int, int]: ...
 def version_loaded() -> tuple[int, int, int]: ...

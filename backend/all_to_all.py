@@ -5,29 +5,27 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import engines, heap, ops
 from .arguments import Arguments
-from .errors import ConfigError, StateError
+from .errors import ConfigError
+from .halves import Halves
 from .results import Dispatched, PendingCombine, PendingDispatch
-from .rounds import COMBINED, RECEIVED, REPLIED, SENT, Round
 from .wire import Wire
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    import torch
     from torch import Tensor
 
     from .config import Config
 
 _ids = itertools.count()
-# What dispatch receive is told when nothing is asked for: where to, no statistics, nothing to keep.
-_PLAIN_RECEIVE: tuple[None, tuple[int, bool, int], None] = (None, (0, False, 0), None)
 
 
-class AllToAll:
+class AllToAll(Halves):
     """One-sided all-to-all between the ranks of an expert-parallel group.
 
     A round is `dispatch` and `combine`; each is a send half, which never waits for the round's own messages, and a
@@ -82,6 +80,7 @@ class AllToAll:
         self.heap_bytes = self._engine.heap_bytes
         self._arguments = Arguments(config, self.wire, self.num_ranks, self._engine.place)
         self._reply_bytes = self.wire.reply_bytes
+        self.plain = self._engine.plain()
         self.traced = ops.Traced(self, next(_ids))
 
     @staticmethod
@@ -102,7 +101,7 @@ class AllToAll:
 
     def close(self) -> None:
         """Let go of the memory. Not collective, may be repeated; results already handed out stay readable."""
-        engine, self._engine = self._engine, None
+        engine, self._engine, self.plain = self._engine, None, None
         if engine is not None:
             engine.close()
 
@@ -195,6 +194,10 @@ class AllToAll:
         Source: DESIGN.md, "The life of a round".
         """
         options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
+        if not is_dynamo_compiling() and self.plain is not None:
+            pending: PendingDispatch | None = self.plain.dispatch_send(self, x, topk_ids, topk_weights, *options)
+            if pending is not None:
+                return pending.receive()
         if is_compiling():
             return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
         begun, rest = self._send_dispatch(x, topk_ids, topk_weights, options)
@@ -218,38 +221,18 @@ class AllToAll:
         Returns:
             What to call `receive()` on, when the tokens are needed.
         """
+        if not is_dynamo_compiling() and self.plain is not None:
+            # One by one: to unpack a tuple costs more.
+            pending: PendingDispatch | None = self.plain.dispatch_send(
+                self, x, topk_ids, topk_weights, scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats
+            )
+            if pending is not None:
+                return pending
         options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
         if is_compiling():
             return self.traced.dispatch_send(x, topk_ids, topk_weights, options)  # type: ignore[return-value]
         begun, rest = self._send_dispatch(x, topk_ids, topk_weights, options)
-        return PendingDispatch(begun, self._receive_dispatch, rest)
-
-    def _send_dispatch(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, options: tuple[Tensor | None, ...]
-    ) -> tuple[Round, tuple[engines.Given | None, tuple[int, bool, int], object]]:
-        """Check and send; the round, and what the receive half takes beside it."""
-        engine = self._engine or self._open()
-        check = self._arguments
-        scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats = options
-        sent, num_tokens, _kept = check.dispatch(x, topk_ids, topk_weights, scales, num_valid_tokens)
-        if out is None and out_scales is None and expert_stats is None and wait_stats is None:
-            return engine.send_dispatch(sent, num_tokens), _PLAIN_RECEIVE
-        given = (out, out_scales) if out is not None or out_scales is not None else None
-        if given is not None:
-            check.out(*given)
-        counters = check.expert_stats(expert_stats) if expert_stats is not None else (0, False)
-        stats = (*counters, check.wait_stats(wait_stats) if wait_stats is not None else 0)
-        return engine.send_dispatch(sent, num_tokens), (given, stats, (expert_stats, wait_stats))
-
-    def _receive_dispatch(
-        self, begun: Round, given: engines.Given | None, stats: tuple[int, bool, int], _kept: object
-    ) -> Dispatched:
-        engine = self._engine or self._open()
-        if begun.stage is not SENT:
-            raise begun.refusal(SENT, "dispatch receive")
-        buffers = engine.receive_dispatch(begun, given, stats)
-        begun.stage = RECEIVED
-        return Dispatched(begun, buffers)
+        return PendingDispatch(begun, self, rest)
 
     def combine(
         self,
@@ -282,6 +265,12 @@ class AllToAll:
             StateError: `recv` is stale, already combined, or of another object; or the object is closed.
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
         """
+        if not is_dynamo_compiling() and self.plain is not None:
+            pending: PendingCombine | None = self.plain.combine_send(
+                self, expert_out, recv, topk_weights, out, wait_stats
+            )
+            if pending is not None:
+                return pending.receive()
         if is_compiling():
             return self.traced.combine_send(expert_out, recv, topk_weights, (out, wait_stats)).receive()
         begun, rest = self._send_combine(expert_out, recv, topk_weights, out, wait_stats)
@@ -301,49 +290,14 @@ class AllToAll:
         Returns:
             What to call `receive()` on, when the result is needed.
         """
+        if not is_dynamo_compiling() and self.plain is not None:
+            pending: PendingCombine | None = self.plain.combine_send(
+                self, expert_out, recv, topk_weights, out, wait_stats
+            )
+            if pending is not None:
+                return pending
         if is_compiling():
             options = (out, wait_stats)
             return self.traced.combine_send(expert_out, recv, topk_weights, options)  # type: ignore[return-value]
         begun, rest = self._send_combine(expert_out, recv, topk_weights, out, wait_stats)
-        return PendingCombine(begun, self._receive_combine, rest)
-
-    def _send_combine(
-        self, expert_out: Tensor, recv: Dispatched, topk_weights: Any, out: Any, wait_stats: Any
-    ) -> tuple[Round, tuple[Tensor | None, int, Tensor | None, int, Tensor | None]]:
-        """Check and send; the round, and what the receive half takes beside it."""
-        engine = self._engine or self._open()
-        if not isinstance(recv, Dispatched):
-            raise StateError(f"`recv` must be what dispatch returned (got {type(recv).__name__})")
-        begun = recv._round
-        if begun.stage is not RECEIVED:
-            raise begun.refusal(RECEIVED, "combine")
-        if not engine.is_own(begun):
-            raise StateError("combine: `recv` is the result of another AllToAll")
-        check = self._arguments
-        sent = check.expert_out(expert_out)
-        weights = check.combine_weights(topk_weights, begun.num_tokens)
-        out_stride = check.combined(out, begun.num_tokens) if out is not None else self._reply_bytes
-        wait_ptr = check.wait_stats(wait_stats) if wait_stats is not None else 0
-        engine.send_combine(begun, sent)
-        begun.stage = REPLIED
-        return begun, (out, out_stride, weights, wait_ptr, wait_stats)
-
-    def _receive_combine(
-        self, begun: Round, out: Tensor | None, out_stride: int, weights: Any, wait_ptr: int, _wait_stats: object
-    ) -> Tensor:
-        engine = self._engine or self._open()
-        if begun.stage is not REPLIED:
-            raise begun.refusal(REPLIED, "combine receive")
-        if out is None:
-            # Torch reads sizes that come one by one faster than a tuple of them.
-            out = torch.empty(begun.num_tokens, self.wire.hidden, dtype=self.wire.output_dtype, device=self.device)
-        weights_ptr = weights.data_ptr() if weights is not None else 0
-        engine.receive_combine(begun, out.data_ptr(), out_stride, weights_ptr, wait_ptr)
-        begun.stage = COMBINED
-        return out
-
-    def _open(self) -> engines.Engine:
-        """The engine; a `StateError` once the object is closed. The halves call it for the error alone."""
-        if self._engine is None:
-            raise StateError("this AllToAll is closed")
-        return self._engine
+        return PendingCombine(begun, self, rest)

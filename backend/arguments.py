@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .errors import ShapeError
     from .wire import Wire
 
+# What dispatch receive takes: tensors to receive into, statistics, and what these are kept alive by.
+Receiving = tuple["tuple[Tensor | None, Tensor | None] | None", tuple[int, bool, int], object]
+PLAIN_RECEIVING: Receiving = (None, (0, False, 0), None)
+
 NOT_QUANTISED = -1
 SCALE_ALIGNMENT = 4  # bytes; of a scale as a device reads it
 
@@ -184,6 +188,17 @@ class Arguments:
         if self._reads_late:
             return num_tokens, address, num_valid_tokens.dtype is torch.int64
         return min(max(int(num_valid_tokens), 0), num_tokens), 0, False
+
+    def receiving(self, out: Any, out_scales: Any, expert_stats: Any, wait_stats: Any) -> Receiving:
+        """Check what a dispatch is to be received into, and what it is to count."""
+        if out is None and out_scales is None and expert_stats is None and wait_stats is None:
+            return PLAIN_RECEIVING
+        given = (out, out_scales) if out is not None or out_scales is not None else None
+        if given is not None:
+            self.out(*given)
+        counters = self.expert_stats(expert_stats) if expert_stats is not None else (0, False)
+        stats = (*counters, self.wait_stats(wait_stats) if wait_stats is not None else 0)
+        return given, stats, (expert_stats, wait_stats)
 
     def out(self, out: Any, out_scales: Any) -> None:
         """Check the tensors that a dispatch is to be received into.

@@ -70,6 +70,10 @@ class Engine(abc.ABC):
     def receive_combine(self, begun: Round, out: int, out_stride: int, weights: int, wait_stats: int) -> None:
         """Receive and sum `begun.num_tokens` rows into the memory at `out`."""
 
+    def plain(self) -> Any:
+        """The halves in one native call each, for calls without options (`_cuda.Plain`); None without such."""
+        return None
+
     @abc.abstractmethod
     def is_own(self, begun: Round) -> bool:
         """Whether the round is one of this object's last."""

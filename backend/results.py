@@ -6,10 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
+    from .all_to_all import AllToAll
     from .rounds import Round
     from .slots import SlotBuffers
 
@@ -121,12 +120,12 @@ class Dispatched:
 class Pending(Generic[Result]):
     """An operation whose send half has run."""
 
-    __slots__ = ("_receive", "_rest", "_result", "_round")
+    __slots__ = ("_owner", "_rest", "_result", "_round")
 
-    def __init__(self, begun: Round, receive: Callable[..., Result], rest: tuple[Any, ...]) -> None:
-        """Hold the receive half, and what it takes after the round."""
+    def __init__(self, begun: Round, owner: AllToAll, rest: tuple[Any, ...]) -> None:
+        """Hold whose receive half is to run, and what it takes after the round."""
         self._round = begun
-        self._receive: Callable[..., Result] | None = receive
+        self._owner: AllToAll | None = owner
         self._rest = rest
         self._result: Result | None = None
 
@@ -142,11 +141,12 @@ class Pending(Generic[Result]):
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
             StateError: the object was closed.
         """
-        if self._result is None and self._receive is not None:
-            self._result = self._receive(self._round, *self._rest)
-            self._receive, self._rest = None, ()
-        assert self._result is not None
-        return self._result
+        raise NotImplementedError
+
+    def _settle(self, result: Result) -> None:
+        """Keep the result, and nothing else; the extension does the same."""
+        self._result = result
+        self._owner, self._rest = None, ()
 
 
 class PendingDispatch(Pending[Dispatched]):
@@ -154,8 +154,28 @@ class PendingDispatch(Pending[Dispatched]):
 
     __slots__ = ()
 
+    def receive(self) -> Dispatched:
+        """See `Pending`."""
+        owner = self._owner
+        if owner is not None:
+            plain = owner.plain
+            if plain is None or plain.dispatch_recv(self) is None:
+                self._settle(owner._receive_dispatch(self._round, *self._rest))
+        assert self._result is not None
+        return self._result
+
 
 class PendingCombine(Pending["Tensor"]):
     """A combine whose send half has run; `receive` waits for the rows of this rank's tokens and adds them up."""
 
     __slots__ = ()
+
+    def receive(self) -> Tensor:
+        """See `Pending`."""
+        owner = self._owner
+        if owner is not None:
+            plain = owner.plain
+            if plain is None or plain.combine_recv(self) is None:
+                self._settle(owner._receive_combine(self._round, *self._rest))
+        assert self._result is not None
+        return self._result

@@ -103,12 +103,16 @@ class Round:
 
 
 class RoundTable:
-    """The last round of each of the `depth` slots."""
+    """The last round of each of the `depth` slots.
+
+    Attributes:
+        slots: them; None for a slot without one.
+    """
 
     def __init__(self, depth: int, *, is_in_place: bool) -> None:
         """Start with no round."""
         self._is_in_place = is_in_place
-        self._slots: list[Round | None] = [None] * depth
+        self.slots: list[Round | None] = [None] * depth
 
     def check_free(self, epoch: int) -> None:
         """Check that round `epoch` may take its slot.
@@ -116,25 +120,25 @@ class RoundTable:
         Raises:
             StateError: the round before it in the slot still expects a receive.
         """
-        last = self._slots[epoch % len(self._slots)]
+        last = self.slots[epoch % len(self.slots)]
         if last is not None and (last.stage is SENT or last.stage is REPLIED):
             raise StateError(
                 f"dispatch: round {last.epoch} still expects {NEXT_CALL[last.stage]}; "
-                f"at most depth = {len(self._slots)} rounds may be open"
+                f"at most depth = {len(self.slots)} rounds may be open"
             )
 
     def begin(self, epoch: int, num_tokens: int, handle: int = 0, capture: int = 0, kept: object = None) -> Round:
         """Give the slot of round `epoch` to it; what it held becomes stale. The others as in `Round`."""
-        slot = epoch % len(self._slots)
-        last = self._slots[slot]
+        slot = epoch % len(self.slots)
+        last = self.slots[slot]
         if last is not None and last.stage is not LOST:
             last.stage = OVERWRITTEN
-        begun = self._slots[slot] = Round(epoch, num_tokens, self._is_in_place, handle, capture, kept)
+        begun = self.slots[slot] = Round(epoch, num_tokens, self._is_in_place, handle, capture, kept)
         return begun
 
     def live(self) -> list[Round]:
         """The rounds whose memory serves no later one, and that are not lost."""
-        return [begun for begun in self._slots if begun is not None and begun.stage < Stage.LOST]
+        return [begun for begun in self.slots if begun is not None and begun.stage < Stage.LOST]
 
     def find(self, epoch: int) -> Round:
         """The round `epoch`.
@@ -142,7 +146,7 @@ class RoundTable:
         Raises:
             StateError: a later one has its slot, or it has not begun.
         """
-        found = self._slots[epoch % len(self._slots)]
+        found = self.slots[epoch % len(self.slots)]
         if found is None or found.epoch != epoch:
             raise StateError(f"round {epoch} is stale: a later dispatch reuses its memory")
         return found

@@ -19,6 +19,8 @@ from moebius.heap import rank_and_size
 from moebius.rounds import Round, RoundTable
 from moebius.wire import Wire, engine_fields, shape_fields
 
+from . import plain
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -153,6 +155,22 @@ class CudaEngine(Engine):
             num_sms = max(1, most // num_ranks)
         machine, memory = connect(group, config, machine, transport)
         return cls(config, machine, memory, num_sms or 0)
+
+    def plain(self) -> Any:
+        """See `Engine`."""
+        machine = self._machine
+        return machine.native.plain(
+            engine=self._native,
+            device_index=self.place.device_index,
+            current_stream=None if self.device.type == "cuda" else machine.current_stream,
+            inputs=plain.inputs(self._config),
+            sequence=self._eager,
+            rounds=self._eager.table.slots,
+            handles=self._eager_handles,
+            shown=self._slots,
+            stages=plain.STAGES,
+            classes=plain.classes(self._eager),
+        )
 
     @property
     def epoch(self) -> int:

@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "bindings/cuda.h"
 #include "cuda/engine.h"
 
 #if defined(MOEBIUS_SIMT)
@@ -23,13 +25,6 @@ namespace py = pybind11;
 namespace moebius::cuda {
 namespace {
 
-template <class T = const std::byte>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Stream stream_at(uintptr_t address) { return reinterpret_cast<Stream>(address); }
-
 // What waits for the device lets other threads of Python on: their ranks may be what it waits for.
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -41,14 +36,6 @@ struct UnlockedDelete {
     delete p;
   }
 };
-
-// Without the GIL: a launch waits while the stream's queue is full, perhaps for a rank that another
-// thread of Python has yet to launch. `arguments`: what the half takes.
-template <class Half, class... Arguments>
-int run(Engine& self, Half half, Arguments&&... arguments) {
-  const py::gil_scoped_release release;
-  return static_cast<int>((self.*half)(std::forward<Arguments>(arguments)...));
-}
 
 std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
                                                     int num_experts,
@@ -122,41 +109,8 @@ int dispatch_send(Engine& self,
                             num_tokens,
                             at<const void>(num_valid_tokens),
                             has_int64_valid};
-  return run(self, &Engine::dispatch_send, stream_at(stream), params);
+  return run(self, &Engine::dispatch_send, stream_at(stream), std::nullopt, params);
 }
-
-// Where dispatch receive writes to: the same from round to round, so told once.
-struct RecvBuffers {
-  RecvBuffers(uintptr_t x,
-              uintptr_t scales,
-              int64_t expert_stride,
-              int64_t row_stride,
-              int64_t group_stride,
-              int64_t scale_element,
-              uintptr_t src_info,
-              uintptr_t layout_range,
-              uintptr_t topk_ids,
-              uintptr_t topk_weights,
-              uintptr_t expert_num_tokens,
-              uintptr_t src_num_tokens)
-      : params{{},
-               nullptr,
-               at<std::byte>(x),
-               at<std::byte>(scales),
-               {expert_stride, row_stride, group_stride},
-               scale_element,
-               at<int32_t>(src_info),
-               at<int64_t>(layout_range),
-               at<int32_t>(topk_ids),
-               at<float>(topk_weights),
-               at<int32_t>(expert_num_tokens),
-               at<int32_t>(src_num_tokens),
-               nullptr,
-               false,
-               nullptr} {}
-
-  const DispatchRecvParams params;  // without the round and the statistics
-};
 
 int dispatch_recv(Engine& self,
                   uintptr_t stream,
@@ -298,17 +252,21 @@ void bind_memory(py::module_& m) {
   m.def("capture_id", [](uintptr_t stream) { return capture_id(stream_at(stream)); });
 }
 
-// Raised as moebius.CudaError, which carries the call and its code.
 void translate(std::exception_ptr raised) {
   try {
     if (raised) std::rethrow_exception(raised);
   } catch (const DeviceError& error) {
-    const py::object type = py::module_::import("moebius.errors").attr("CudaError");
-    PyErr_SetObject(type.ptr(), type(error.call, error.code, error.what()).ptr());
+    set_error(error);
   }
 }
 
 }  // namespace
+
+void set_error(const DeviceError& error) {
+  const py::object type = py::module_::import("moebius.errors").attr("CudaError");
+  PyErr_SetObject(type.ptr(), type(error.call, error.code, error.what()).ptr());
+}
+
 }  // namespace moebius::cuda
 
 #if defined(MOEBIUS_SIMT)
@@ -326,4 +284,5 @@ PYBIND11_MODULE(_cuda, m) {
   py::register_local_exception_translator(moebius::cuda::translate);
   moebius::cuda::bind_memory(m);
   moebius::cuda::bind_engine(m);
+  moebius::cuda::bind_plain(m);
 }

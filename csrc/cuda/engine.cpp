@@ -127,8 +127,10 @@ Outcome Engine::run(void (*launcher)(const Params&, int, Stream),
   return Outcome::kLaunched;
 }
 
-Outcome Engine::dispatch_send(Stream stream, DispatchSendParams& params) {
-  return run(launch_dispatch_send, stream, std::nullopt, params);
+Outcome Engine::dispatch_send(Stream stream,
+                              std::optional<uint64_t> capture,
+                              DispatchSendParams& params) {
+  return run(launch_dispatch_send, stream, capture, params);
 }
 
 Outcome Engine::dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params) {

@@ -80,8 +80,8 @@ class Engine {
 
   // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
   // that the round belongs to, 0 for none; it is the one that `stream` was part of when the round
-  // was sent.
-  Outcome dispatch_send(Stream stream, DispatchSendParams& params);
+  // was sent (nothing: any).
+  Outcome dispatch_send(Stream stream, std::optional<uint64_t> capture, DispatchSendParams& params);
   Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
   Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
   Outcome combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params);
@@ -98,7 +98,7 @@ class Engine {
   uint64_t round_of(const uint64_t* handle) const;
 
   void synchronize(Stream stream) const;  // waits for all that was enqueued there
-  const HeapLayout& layout() const { return self_.layout; }
+  const Rank& self() const { return self_; }
 
  private:
   template <class Params>

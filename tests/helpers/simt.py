@@ -27,14 +27,15 @@ from moebius.wire import shape_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moebius import Config
+    from moebius import Config, Dispatched, PendingCombine, PendingDispatch
     from moebius.group import VirtualRank
     from moebius.rounds import Round
     from moebius.slots import SlotBuffers
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
-SOURCES = ("csrc/cuda/*.cu", "csrc/cuda/engine.cpp", "csrc/simt/*.cpp", "csrc/bindings/cuda.cpp")
+BINDINGS = ("csrc/bindings/cuda.cpp", "csrc/bindings/plain*.cpp", "csrc/bindings/tensors.cpp")
+SOURCES = ("csrc/cuda/*.cu", "csrc/cuda/engine.cpp", "csrc/simt/*.cpp", *BINDINGS)
 NOT_HERE = {"runtime.cu"}  # CUDA's own; csrc/simt has the other one
 HEADERS = ("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/simt/*.h", "csrc/bindings/*.h")
 FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DMOEBIUS_SIMT", "-pthread")
@@ -103,27 +104,23 @@ def _run(*command: str) -> None:
 
 
 class Keeping(Arguments):
-    """Keeps the tensors of calls until they have been read: torch frees memory of the host at once.
+    """Keeps what the checks made of tensors until it has been read: torch frees memory of the host at once.
 
     Attributes:
-        kept: the tensors.
+        kept: it, and those tensors.
     """
 
     kept: list[Any]
 
     def dispatch(self, *tensors: Any) -> Any:
         checked = super().dispatch(*tensors)
-        self.kept += [checked, tensors]
+        self.kept.append(checked)
         return checked
 
     def combine_weights(self, topk_weights: Any, num_tokens: int) -> Tensor | None:
         checked = super().combine_weights(topk_weights, num_tokens)
         self.kept.append(checked)
         return checked
-
-    def expert_out(self, expert_out: Any) -> tuple[int, int, int]:
-        self.kept.append(expert_out)
-        return super().expert_out(expert_out)
 
 
 class KeepingEngine(CudaEngine):
@@ -167,9 +164,25 @@ class SimtAllToAll(AllToAll):
         finally:
             self._keeping.kept.clear()
 
+    def dispatch(self, *tensors: Any, **options: Any) -> Dispatched:
+        return self.dispatch_send(*tensors, **options).receive()
+
+    def dispatch_send(self, *tensors: Any, **options: Any) -> PendingDispatch:
+        self._keeping.kept.append((tensors, options))
+        return super().dispatch_send(*tensors, **options)
+
+    def combine(self, *tensors: Any, **options: Any) -> Tensor:
+        return self.combine_send(*tensors, **options).receive()
+
+    def combine_send(self, *tensors: Any, **options: Any) -> PendingCombine:
+        pending = super().combine_send(*tensors, **options)
+        self._keeping.kept.append((tensors, options, pending))  # which keeps what it is received into
+        return pending
+
     def _receive_combine(self, begun: Round, *rest: Any) -> Tensor:
         home = super()._receive_combine(begun, *rest)
-        (vars(self._engine).setdefault("kept", []) if begun.capture else self._keeping.kept).append(home)
+        if begun.capture:
+            vars(self._engine).setdefault("kept", []).append(home)
         return home
 
     def _make_engine(  # type: ignore[override]
@@ -189,9 +202,9 @@ class SimtAllToAll(AllToAll):
             return heaps
 
         heaps = group.share(repr(config), make)
-        self.stream = simt.new_stream(rank)
+        self.stream = stream = simt.new_stream(rank)
         place = Place(-1, ALIGNMENT, reads_late=True)
-        machine = Machine(simt, torch.device("cpu"), 0, place, lambda: self.stream)
+        machine = Machine(simt, torch.device("cpu"), 0, place, lambda: stream)
         addresses = [heap.address if peer // per_node == rank // per_node else 0 for peer, heap in enumerate(heaps)]
         memory = SymmetricMemory(rank, addresses, num_bytes, "virtual", heaps)
         return KeepingEngine(config, machine, memory, num_sms or self.num_sms)

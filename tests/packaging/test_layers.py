@@ -14,7 +14,7 @@ LAYERS = (
     {"checks", "faults", "wire"},
     {"arguments", "cuda", "engines", "group", "heap", "hosts", "nvshmem", "plan", "results", "rounds", "slots"}
     | {"virtual_network"},
-    {"all_to_all", "ops"},
+    {"all_to_all", "halves", "ops"},
 )
 TOP = len(LAYERS)
 EXTENSIONS = {"_core", "_cuda", "_nvshmem"}

@@ -111,7 +111,7 @@ class Rig {
     ds.topk_ids = b.ids;
     ds.topk_weights = b.weights[0];
     ds.num_tokens = b.num_tokens;
-    engine.dispatch_send(stream, ds);
+    engine.dispatch_send(stream, 0, ds);
     DispatchRecvParams dr{};
     dr.handle = &b.handle;
     dr.x = reinterpret_cast<std::byte*>(b.rows);

@@ -144,7 +144,7 @@ void Seat::dispatch_send(const RoundMemory& memory) {
   p.num_tokens = memory.num_tokens;
   p.num_valid_tokens = layout_.at<std::byte>(b, kValid);
   p.has_int64_valid = flavour_.has_int64_valid;
-  call([&] { return engine_.dispatch_send(stream_, p); });
+  call([&] { return engine_.dispatch_send(stream_, capture_id(stream_), p); });
 }
 
 void Seat::dispatch_recv(const RoundMemory& memory) {
@@ -225,7 +225,7 @@ int64_t Seat::expert_stat(int expert) const {
 }
 
 uint64_t Seat::awaiting() const {
-  return reinterpret_cast<const Control*>(heap_ + engine_.layout().control)->awaiting;
+  return reinterpret_cast<const Control*>(heap_ + engine_.self().layout.control)->awaiting;
 }
 
 }  // namespace moebius::kernels_test
