@@ -96,7 +96,8 @@ def through_e4m3(x: Tensor, *, is_packed: bool) -> Tensor:
     groups = x.float().view(x.shape[0], H // 128, 128)
     amax = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4)
     scale = torch.exp2(torch.ceil(torch.log2(amax / 448))) if is_packed else amax / 448
-    times = 1 / scale if is_packed else 448 / amax
+    # `448 / amax` would be the reciprocal of amax times 448: rounded twice, and another FP8 value at a tie.
+    times = 1 / scale if is_packed else torch.tensor(448.0) / amax
     return ((groups * times).to(torch.float8_e4m3fn).float() * scale).view_as(x)
 
 
