@@ -107,7 +107,7 @@ class CudaOptions:
         """What to measure on a device of so many multiprocessors."""
         suites = {"decode": decode_suite, "smoke": smoke_suite}
         if self.suite:
-            return suites[self.suite](self.base, on_device)
+            return suites[self.suite](self.base, on_device, self.base.ranks if self.is_virtual else 1)
         return sweep_points(self.base, self.lists, self.sms)
 
 

@@ -58,12 +58,13 @@ def sms_budgets(on_device: int) -> list[int]:
     return [*budgets, on_device]
 
 
-def decode_suite(base: Workload, on_device: int) -> list[Point]:
+def decode_suite(base: Workload, on_device: int, ranks_there: int) -> list[Point]:
     """Every section, the ones that the engine is judged by first.
 
     Args:
         base: R, E, K, H, routing and seed.
         on_device: multiprocessors.
+        ranks_there: ranks that share a device, R or one.
     """
     of = _maker(base)
     points = [
@@ -72,18 +73,20 @@ def decode_suite(base: Workload, on_device: int) -> list[Point]:
         for payload, tokens in itertools.product(PAYLOADS, sizes)
     ]
     points += [
-        Point("sms", of(128, payload, "expert_major", 0, ranks), sms, ("graph",), with_baseline=False)
-        for ranks in dict.fromkeys((base.ranks, 1))
-        for payload, sms in itertools.product(PAYLOADS, sms_budgets(on_device))
-    ]
-    points += [
         Point("prefill", of(tokens, payload, "token_major"), modes=("eager",))
         for tokens, payload in itertools.product(PREFILL_TOKENS, PAYLOADS)
+    ]
+    # No more than each rank's share, or their kernels would not fit the device together.
+    most = {base.ranks: max(on_device // ranks_there, 1)}
+    points += [
+        Point("sms", of(128, payload, "expert_major", 0, ranks), sms, ("graph",), with_baseline=False)
+        for ranks in dict.fromkeys((base.ranks, 1))
+        for payload, sms in itertools.product(PAYLOADS, sms_budgets(most.get(ranks, on_device)))
     ]
     return points
 
 
-def smoke_suite(base: Workload, on_device: int) -> list[Point]:
+def smoke_suite(base: Workload, on_device: int, _ranks_there: int) -> list[Point]:
     """One small shape of every section, seconds in all: only to see it work."""
     of = _maker(base)
     return [
