@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
@@ -13,9 +16,13 @@ from tests.helpers.compare import assert_same
 from tests.helpers.rounds import Halves, check_rank, dispatch_arguments, expect, of_rank
 from tests.simt_engine.plain_calls import HALVES, Counted, small
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 pytestmark = gpu.marks()
 
 SLEEP = 200_000_000  # clock cycles, about 0.1 s
+AHEAD = 24  # rounds
 
 
 @pytest.mark.parametrize("payload", ["bf16", "fp8"])
@@ -63,3 +70,36 @@ def test_they_go_to_the_current_stream_and_its_memory() -> None:
         assert torch.cuda.memory_allocated() == before
         a2a.plain = counted._plain
         a2a.synchronize()
+
+
+@pytest.mark.parametrize("payload", ["bf16", "fp8"])
+def test_rounds_ahead_of_the_device(payload: str) -> None:
+    """What is enqueued keeps its own arguments, whatever is enqueued after it while the device has yet to begin."""
+    config = small(payload=payload).config()
+    dtypes = (torch.bfloat16, torch.float32, torch.float16) if payload == "fp8" else (torch.bfloat16,)
+    with AllToAll(moebius.virtual_ranks(1)[0], config, "cuda") as a2a:
+        draw = functools.partial(torch.randn, device=a2a.device)
+        given = []
+        for number in range(AHEAD):
+            num_tokens = number % (config.max_num_tokens + 1)
+            x = draw(num_tokens, config.hidden).to(dtypes[number % len(dtypes)])
+            ids = draw(num_tokens, config.num_experts).topk(config.num_topk).indices
+            given.append((x, ids, draw(num_tokens, config.num_topk)))
+        experts = draw(AHEAD, config.num_experts, config.max_num_tokens, config.hidden).to(a2a.wire.output_dtype)
+
+        def rounds(after_each: Callable[[], object]) -> list[torch.Tensor]:
+            homes = []
+            for arguments, expert_out in zip(given, experts, strict=True):
+                homes.append(a2a.combine(expert_out, a2a.dispatch(*arguments)))
+                after_each()
+            return homes
+
+        one_by_one = rounds(a2a.synchronize)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
+        ahead = rounds(lambda: None)
+        assert not torch.cuda.current_stream().query()
+        a2a.synchronize()
+        for number, (home, wanted) in enumerate(zip(ahead, one_by_one, strict=True)):
+            assert_same(home.cpu(), wanted.cpu(), f"combined of round {number}")
+            assert number % (config.max_num_tokens + 1) == 0 or home.any()
