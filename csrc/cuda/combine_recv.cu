@@ -130,27 +130,27 @@ combine_recv_kernel(MOEBIUS_PARAMS CombineRecvParams p) {
 }
 
 template <Dtype kDtype>
-void enqueue(const CombineRecvParams& params, int num_sms, Stream stream) {
+void enqueue(const CombineRecvParams& params, int num_sms, Target target) {
   const int64_t num_items = params.num_tokens * num_slices(params.self.layout.shape.reply_bytes, 1);
   const LaunchShape shape{
       static_cast<int>(num_items < 1 ? 1 : min_of(num_items, num_sms)), kThreadsPerBlock, 8};
   if (params.topk_weights != nullptr) {
-    launch(combine_recv_kernel<kDtype, true>, shape, params, stream);
+    launch(combine_recv_kernel<kDtype, true>, shape, params, target);
   } else {
-    launch(combine_recv_kernel<kDtype, false>, shape, params, stream);
+    launch(combine_recv_kernel<kDtype, false>, shape, params, target);
   }
 }
 
 }  // namespace
 
-void launch_combine_recv(const CombineRecvParams& params, int num_sms, Stream stream) {
+void launch_combine_recv(const CombineRecvParams& params, int num_sms, Target target) {
   switch (params.self.output_dtype) {
     case Dtype::kBf16:
-      return enqueue<Dtype::kBf16>(params, num_sms, stream);
+      return enqueue<Dtype::kBf16>(params, num_sms, target);
     case Dtype::kFp16:
-      return enqueue<Dtype::kFp16>(params, num_sms, stream);
+      return enqueue<Dtype::kFp16>(params, num_sms, target);
     case Dtype::kFp32:
-      return enqueue<Dtype::kFp32>(params, num_sms, stream);
+      return enqueue<Dtype::kFp32>(params, num_sms, target);
   }
 }
 

@@ -248,7 +248,7 @@ combine_send_kernel(MOEBIUS_PARAMS CombineSendParams p) {
 }
 
 template <bool kMoves, Dtype kDtype>
-void enqueue(const CombineSendParams& params, int num_sms, Stream stream) {
+void enqueue(const CombineSendParams& params, int num_sms, Target target) {
   const Shape& s = params.self.layout.shape;
   // As many cells as can come: how many did is known on the device only.
   const int64_t num_items = int64_t{s.num_ranks} * s.max_num_tokens * num_slices(s.reply_bytes);
@@ -257,22 +257,22 @@ void enqueue(const CombineSendParams& params, int num_sms, Stream stream) {
                      kThreadsPerBlock,
                      ReplyShared::num_bytes(kMoves, s.num_ranks)},
          params,
-         stream);
+         target);
 }
 
 }  // namespace
 
-void launch_combine_send(const CombineSendParams& params, int num_sms, Stream stream) {
+void launch_combine_send(const CombineSendParams& params, int num_sms, Target target) {
   if (params.self.is_token_major || !params.self.layout.shape.has_weights) {
-    return enqueue<true, Dtype::kBf16>(params, num_sms, stream);
+    return enqueue<true, Dtype::kBf16>(params, num_sms, target);
   }
   switch (params.self.output_dtype) {
     case Dtype::kBf16:
-      return enqueue<false, Dtype::kBf16>(params, num_sms, stream);
+      return enqueue<false, Dtype::kBf16>(params, num_sms, target);
     case Dtype::kFp16:
-      return enqueue<false, Dtype::kFp16>(params, num_sms, stream);
+      return enqueue<false, Dtype::kFp16>(params, num_sms, target);
     case Dtype::kFp32:
-      return enqueue<false, Dtype::kFp32>(params, num_sms, stream);
+      return enqueue<false, Dtype::kFp32>(params, num_sms, target);
   }
 }
 

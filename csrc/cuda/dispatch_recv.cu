@@ -261,7 +261,7 @@ MOEBIUS_KERNEL(kThreadsPerBlock) dispatch_recv_kernel(MOEBIUS_PARAMS DispatchRec
 
 }  // namespace
 
-void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Stream stream) {
+void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Target target) {
   const Shape& s = params.self.layout.shape;
   const int64_t num_cells = int64_t{s.num_ranks} * s.max_num_tokens;
   launch(
@@ -269,7 +269,7 @@ void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Stream 
       LaunchShape{
           static_cast<int>(min_of(num_cells, num_sms)), kThreadsPerBlock, RecvShared::num_bytes(s)},
       params,
-      stream);
+      target);
 }
 
 }  // namespace moebius::cuda

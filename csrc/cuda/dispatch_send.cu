@@ -423,7 +423,7 @@ dispatch_send_kernel(MOEBIUS_PARAMS SendLaunch l) {
 }
 
 template <Encoding kEncoding, Dtype kX>
-void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
+void enqueue(const DispatchSendParams& params, int num_sms, Target target) {
   const Shape& s = params.self.layout.shape;
   const int64_t unit = out_unit(kEncoding);
   const int64_t num_units = s.payload_bytes / unit;
@@ -453,22 +453,22 @@ void enqueue(const DispatchSendParams& params, int num_sms, Stream stream) {
   launch(dispatch_send_kernel<kEncoding, kX>,
          LaunchShape{num_blocks, kThreadsPerBlock, SendShared::num_bytes(s, l.num_words)},
          l,
-         stream);
+         target);
 }
 
 }  // namespace
 
-void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Stream stream) {
+void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Target target) {
   if (params.encoding == Encoding::kCopy) {
-    return enqueue<Encoding::kCopy, Dtype::kBf16>(params, num_sms, stream);
+    return enqueue<Encoding::kCopy, Dtype::kBf16>(params, num_sms, target);
   }
   switch (params.x_dtype) {
     case Dtype::kBf16:
-      return enqueue<Encoding::kQuantise, Dtype::kBf16>(params, num_sms, stream);
+      return enqueue<Encoding::kQuantise, Dtype::kBf16>(params, num_sms, target);
     case Dtype::kFp16:
-      return enqueue<Encoding::kQuantise, Dtype::kFp16>(params, num_sms, stream);
+      return enqueue<Encoding::kQuantise, Dtype::kFp16>(params, num_sms, target);
     case Dtype::kFp32:
-      return enqueue<Encoding::kQuantise, Dtype::kFp32>(params, num_sms, stream);
+      return enqueue<Encoding::kQuantise, Dtype::kFp32>(params, num_sms, target);
   }
 }
 

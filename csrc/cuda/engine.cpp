@@ -66,6 +66,7 @@ Engine::Engine(const EngineConfig& config, int rank, const std::vector<std::byte
       pinned_(config.device, sizeof(FaultRecord), Memory::Kind::kPinned) {
   const DeviceScope scope(device_);
   num_sms_ = num_multiprocessors();
+  can_overlap_ = can_overlap();
   if (config.num_sms > 0) num_sms_ = std::min(num_sms_, config.num_sms);
 
   std::byte* at = private_.data() + kStateBytes;
@@ -115,7 +116,7 @@ void Engine::load_kernels() const {
 }
 
 template <class Params>
-Outcome Engine::run(void (*launcher)(const Params&, int, Stream),
+Outcome Engine::run(void (*launcher)(const Params&, int, Target),
                     Stream stream,
                     std::optional<uint64_t> capture,
                     Params& params) {
@@ -123,7 +124,7 @@ Outcome Engine::run(void (*launcher)(const Params&, int, Stream),
   const DeviceScope scope(device_);
   if (capture && capture_id(stream) != *capture) return Outcome::kOtherCapture;
   params.self = self_;
-  launcher(params, num_sms_, stream);
+  launcher(params, num_sms_, Target(stream, can_overlap_));
   return Outcome::kLaunched;
 }
 

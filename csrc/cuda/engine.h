@@ -102,7 +102,7 @@ class Engine {
 
  private:
   template <class Params>
-  Outcome run(void (*launcher)(const Params&, int, Stream),
+  Outcome run(void (*launcher)(const Params&, int, Target),
               Stream stream,
               std::optional<uint64_t> capture,
               Params& params);
@@ -113,6 +113,7 @@ class Engine {
   const int num_ranks_;
   const std::vector<std::byte*> heaps_;
   int num_sms_ = 0;
+  bool can_overlap_ = false;
   Memory private_;  // LocalState, the addresses of the heaps, expert_counts
   Memory pinned_;   // FaultRecord
   Rank self_{};

@@ -8,9 +8,9 @@
 namespace moebius::cuda {
 
 // `num_sms`: most blocks of a kernel (DESIGN.md, I6).
-void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Stream stream);
-void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Stream stream);
-void launch_combine_send(const CombineSendParams& params, int num_sms, Stream stream);
-void launch_combine_recv(const CombineRecvParams& params, int num_sms, Stream stream);
+void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Target target);
+void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Target target);
+void launch_combine_send(const CombineSendParams& params, int num_sms, Target target);
+void launch_combine_recv(const CombineRecvParams& params, int num_sms, Target target);
 
 }  // namespace moebius::cuda

@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-#include <atomic>
 #include <mutex>
 #include <set>
 #include <string>
@@ -77,24 +76,12 @@ void prepare(const void* kernel, int device) {
 
 thread_local int num_load_only = 0;
 
-constexpr size_t kPlainSharedBytes = 48 << 10;  // what every kernel may have unasked (CUDA guide)
-constexpr int kMaxDevices = 64;                 // arbitrary, far above what a host holds
-
-// Whether launches on the device may overlap: asked once per device.
-bool can_overlap(int device) {
-  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked, 1: no, 2: yes
-  std::atomic<int8_t>& answer = known[device % kMaxDevices];
-  if (answer == 0) answer = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 2 : 1;
-  return answer == 2;
-}
-
 }  // namespace
 
 LoadOnly::LoadOnly() { ++num_load_only; }
 LoadOnly::~LoadOnly() { --num_load_only; }
 
-void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Stream stream) {
-  const int device = current_device();
+void launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments, Target target) {
   if (num_load_only > 0) {
     const size_t most = max_shared_bytes();
     if (shape.shared_bytes > most) {
@@ -104,9 +91,8 @@ void launch_kernel(const void* kernel, const LaunchShape& shape, void** argument
                             " bytes of shared memory for a block, and this GPU has " +
                             std::to_string(most) + ": lower max_num_tokens");
     }
-    return prepare(kernel, device);
+    return prepare(kernel, current_device());
   }
-  if (shape.shared_bytes > kPlainSharedBytes) prepare(kernel, device);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -114,9 +100,9 @@ void launch_kernel(const void* kernel, const LaunchShape& shape, void** argument
   config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(target.stream);
   config.attrs = &overlap;
-  config.numAttrs = can_overlap(device) ? 1 : 0;
+  config.numAttrs = target.may_overlap ? 1 : 0;
   check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
 }
 
@@ -157,6 +143,8 @@ void copy(void* to, const void* from, size_t num_bytes) {
 }
 
 int num_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_device()); }
+
+bool can_overlap() { return attribute(cudaDevAttrComputeCapabilityMajor, current_device()) >= 9; }
 
 size_t max_shared_bytes() {
   return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));

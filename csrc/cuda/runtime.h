@@ -20,6 +20,13 @@ struct DeviceError : std::runtime_error {
   int code;
 };
 
+// Where a launcher enqueues its kernel.
+struct Target {
+  Target(Stream stream, bool may_overlap = false) : stream(stream), may_overlap(may_overlap) {}
+  Stream stream;
+  bool may_overlap;  // see launch_kernel()
+};
+
 struct LaunchShape {
   int num_blocks;
   int num_threads;
@@ -32,6 +39,7 @@ void* allocate_pinned(size_t num_bytes);  // host memory that kernels can write 
 void release_pinned(void* p) noexcept;
 void copy(void* to, const void* from, size_t num_bytes);  // any direction; synchronises
 int num_multiprocessors();
+bool can_overlap();         // launches that follow one another on a stream
 size_t max_shared_bytes();  // of one block
 
 int num_devices();

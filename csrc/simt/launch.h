@@ -21,12 +21,12 @@ std::string name_of_type() {
 }
 
 template <class Params>
-void launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, Stream stream) {
+void launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, Target target) {
   auto recipe = std::make_shared<simt::LaunchRecipe>();
   recipe->name = "kernel(" + name_of_type<Params>() + ")";
   recipe->body = [kernel, params] { kernel(params); };
   recipe->shape = {shape.num_blocks, shape.num_threads, shape.shared_bytes};
-  auto* const s = static_cast<simt::Stream*>(stream);
+  auto* const s = static_cast<simt::Stream*>(target.stream);
   if (s == nullptr) throw simt::Error("launch: no stream");
   s->world->launch(s, std::move(recipe));
 }

@@ -45,6 +45,8 @@ void copy(void* to, const void* from, size_t num_bytes) {
 
 int num_multiprocessors() { return simt::World::process().options().num_multiprocessors; }
 
+bool can_overlap() { return true; }  // the world's option says when they do
+
 size_t max_shared_bytes() { return simt::World::process().options().max_shared_bytes; }
 
 // All ranks' memory is the host's: one device.
