@@ -1,8 +1,10 @@
 """What `CudaDevice` asks of torch, noted by a stand-in for `torch.cuda`: forks, joins, captures and stamps in order."""
 
 import contextlib
+import gc
 import inspect
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from moebius.bench.cuda import gpu
 from moebius.bench.cuda.devices import CudaDevice, NoDeviceError
-from moebius.bench.cuda.schedules import BY_OP, play
+from moebius.bench.cuda.schedules import BY_HALF, BY_OP, CHAINED, LOCKSTEP, Schedule, play
 from moebius.bench.cuda.tables import gpu_line
 
 
@@ -20,6 +22,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.nodes: list[Any] = []  # of the graph: weak references to events
         self.now = "default"
         self.capturing = False
         self.names = iter(["main", "lane0", "lane1"])
@@ -41,6 +44,8 @@ class Fake:
                 self.at = stream.name if stream is not None else fake.now
                 if self.timing:
                     fake.log.append(f"stamp on {self.at}{' in the graph' if self.external else ''}")
+                if self.external:
+                    fake.nodes.append(weakref.ref(self))
 
             def elapsed_time(self, end: Any) -> float:
                 return 1.5
@@ -121,6 +126,15 @@ def test_stamps_in_a_capture_are_nodes_of_the_graph(fake: Fake) -> None:
     with device.main():
         graph.replay()
     assert fake.log[-1] == "replay on main"
+
+
+@pytest.mark.parametrize("schedule", [CHAINED, LOCKSTEP, BY_OP, BY_HALF], ids=lambda schedule: schedule.name)
+def test_events_live_as_long_as_the_graph_that_records_them(fake: Fake, schedule: Schedule) -> None:
+    device = CudaDevice(2)
+    graph = device.capture(lambda: play(device, Exchange(fake), schedule, 3))
+    gc.collect()
+    assert graph.result == [node() for node in fake.nodes]
+    assert len(fake.nodes) == (2 if schedule is CHAINED else 1 + 3 * len(schedule.frames))
 
 
 def test_a_gpu_that_is_not_there(fake: Fake) -> None:

@@ -75,7 +75,8 @@ def play(device: Device, exchange: Exchange, schedule: Schedule, rounds: int) ->
     """Enqueue `rounds` rounds on the current stream and the lanes.
 
     Returns:
-        Stamps: the start, then the end of every frame if the schedule has stamps, else the end of all.
+        Stamps: the start, then the end of every frame; of chained rounds the end of all. A graph records them whether
+        they are looked at or not, so they have to live as long as it does.
     """
     stamps = [device.stamp()]
     if schedule.is_chained:
@@ -92,21 +93,18 @@ def play(device: Device, exchange: Exchange, schedule: Schedule, rounds: int) ->
             if not schedule.is_chained:
                 device.join()
                 # In a graph also without a use for it: a node to wait for, or each lane would wait for every lane.
-                stamp = device.stamp()
-                if schedule.is_stamped:
-                    stamps.append(stamp)
+                stamps.append(device.stamp())
     if schedule.is_chained:
         device.join()
-    if not schedule.is_stamped:
         stamps.append(device.stamp())
     return stamps
 
 
 def samples(device: Device, schedule: Schedule, rounds: int, stamps: list[Any]) -> dict[str, list[float]]:
-    """Microseconds by name; without inner stamps one sample of the whole, the mean of the `rounds`."""
-    times = [device.between_us(begin, end) for begin, end in itertools.pairwise(stamps)]
+    """Microseconds by name; without names one sample of the whole, the mean of the `rounds`."""
     if not schedule.is_stamped:
-        return {schedule.whole: [times[0] / rounds]}
+        return {schedule.whole: [device.between_us(stamps[0], stamps[-1]) / rounds]}
+    times = [device.between_us(begin, end) for begin, end in itertools.pairwise(stamps)]
     names = [name for name, _ in schedule.frames]
     return {name: times[index :: len(names)] for index, name in enumerate(names)}
 
