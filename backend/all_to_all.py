@@ -193,11 +193,15 @@ class AllToAll(Halves):
 
         Source: DESIGN.md, "The life of a round".
         """
-        options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
         if not is_dynamo_compiling() and self.plain is not None:
-            pending: PendingDispatch | None = self.plain.dispatch_send(self, x, topk_ids, topk_weights, *options)
+            # One by one: to unpack a tuple costs more.
+            pending: PendingDispatch | None = self.plain.dispatch_send(
+                self, x, topk_ids, topk_weights, scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats
+            )
             if pending is not None:
-                return pending.receive()
+                received: Dispatched | None = self.plain.dispatch_recv(pending)
+                return pending.receive() if received is None else received
+        options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
         if is_compiling():
             return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
         begun, rest = self._send_dispatch(x, topk_ids, topk_weights, options)
@@ -222,7 +226,6 @@ class AllToAll(Halves):
             What to call `receive()` on, when the tokens are needed.
         """
         if not is_dynamo_compiling() and self.plain is not None:
-            # One by one: to unpack a tuple costs more.
             pending: PendingDispatch | None = self.plain.dispatch_send(
                 self, x, topk_ids, topk_weights, scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats
             )
@@ -270,7 +273,8 @@ class AllToAll(Halves):
                 self, expert_out, recv, topk_weights, out, wait_stats
             )
             if pending is not None:
-                return pending.receive()
+                home: Tensor | None = self.plain.combine_recv(pending)
+                return pending.receive() if home is None else home
         if is_compiling():
             return self.traced.combine_send(expert_out, recv, topk_weights, (out, wait_stats)).receive()
         begun, rest = self._send_combine(expert_out, recv, topk_weights, out, wait_stats)
