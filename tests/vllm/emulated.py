@@ -52,6 +52,26 @@ class Asked:
         return getattr(self._native, name)
 
 
+class Plain:
+    """The extension's own calls: keeps the names of those that it makes, and tells the exchange of receives."""
+
+    def __init__(self, plain: Any, exchange: EmulatedExchange) -> None:
+        self._plain, self._exchange = plain, exchange
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        half = getattr(self._plain, name)
+
+        def call(*arguments: Any) -> Any:
+            result = half(*arguments)
+            if result is not None:
+                self._exchange.asked.add(name)
+                if name.endswith("_recv"):
+                    self._exchange.enqueued(name, result)
+            return result
+
+        return call
+
+
 class EmulatedExchange(simt.SimtAllToAll):
     """An exchange whose kernels run when all ranks have enqueued a receive, or by hand without a meeting.
 
@@ -69,6 +89,8 @@ class EmulatedExchange(simt.SimtAllToAll):
         engine: Any = self._engine
         engine._native = native = Asked(engine._native)
         self.asked = native.names
+        if self.plain is not None:
+            self.plain = Plain(self.plain, self)
 
     def dispatch_send(self, *args: Any, **kwargs: Any) -> Any:
         self.order.append("dispatch_send")
@@ -83,19 +105,20 @@ class EmulatedExchange(simt.SimtAllToAll):
         return sent
 
     def _receive_dispatch(self, *args: Any) -> Dispatched:
-        self.order.append("dispatch_recv")
         recv = super()._receive_dispatch(*args)
-        self.results.append(recv)
-        if self._meeting is not None:
-            self._meeting.run()
+        self.enqueued("dispatch_recv", recv)
         return recv
 
     def _receive_combine(self, *args: Any) -> Tensor:
-        self.order.append("combine_recv")
         out = super()._receive_combine(*args)
+        self.enqueued("combine_recv", out)
+        return out
+
+    def enqueued(self, half: str, result: Any) -> None:
+        self.order.append(half)
+        self.results.append(result)
         if self._meeting is not None:
             self._meeting.run()
-        return out
 
     def synchronize(self) -> None:
         self.asked.add("synchronize")
