@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -13,9 +14,14 @@ _BAR_CELLS = 28
 
 
 def out(text: str = "") -> None:
-    """Write a line of the result."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Write a line of the result. Where nobody reads it any more (`| head`), the program ends."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python would try to write the rest when it ends, and say that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,6 +1,8 @@
 """Text, plots and pages."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -116,3 +118,14 @@ def test_ep_sizes_divide_the_experts() -> None:
     config = Config(num_experts=96, num_topk=8, hidden=128, max_num_tokens=4)
     assert ep_sizes(config) == [1, 2, 4, 8, 16, 32]
     assert ep_sizes(config, [3]) == [3]
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly() -> None:
+    code = "from moebius.bench.console import out\nfor number in range(100_000): out(f'line {number}')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline() == b"line 0\n"
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 1
