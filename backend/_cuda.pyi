@@ -66,6 +66,7 @@ class Engine:
     def dispatch_send(
         self,
         stream: int,
+        capture: int,
         handle: int,
         x: int,
         x_stride: int,

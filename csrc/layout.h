@@ -108,6 +108,11 @@ struct Shape {
   MOEBIUS_HD constexpr int64_t replies_per_token() const {
     return has_weights ? min_of(num_topk, num_ranks) : num_topk;
   }
+  // Whether there is a row, or as many from it on as a cell may ask for, in the combine inbox.
+  MOEBIUS_HD constexpr bool is_reply_row(int32_t row) const {
+    const int64_t last = int64_t{row} + (has_weights ? 0 : num_topk - 1);
+    return row >= 0 && last < max_num_tokens * replies_per_token();
+  }
   // Cells, and rows, that the outbox holds: a token goes to each rank once, so the cells always
   // fit.
   MOEBIUS_HD constexpr int64_t outbox_rows() const {

@@ -189,7 +189,7 @@ class CudaEngine(Engine):
         else:
             own = torch.empty(1, dtype=torch.int64, device=self.device)
             handle = own.data_ptr()
-        outcome = self._native.dispatch_send(stream, handle, *sent)
+        outcome = self._native.dispatch_send(stream, capture, handle, *sent)
         if outcome:
             self._refuse(outcome, "dispatch")
         sequence.next = epoch + 1

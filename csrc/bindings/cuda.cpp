@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -82,6 +81,7 @@ std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
 
 int dispatch_send(Engine& self,
                   uintptr_t stream,
+                  uint64_t capture,
                   uintptr_t handle,
                   uintptr_t x,
                   int64_t x_stride,
@@ -109,7 +109,7 @@ int dispatch_send(Engine& self,
                             num_tokens,
                             at<const void>(num_valid_tokens),
                             has_int64_valid};
-  return run(self, &Engine::dispatch_send, stream_at(stream), std::nullopt, params);
+  return run(self, &Engine::dispatch_send, stream_at(stream), capture, params);
 }
 
 int dispatch_recv(Engine& self,

@@ -18,23 +18,11 @@ T* at(uintptr_t address) {
 
 inline Stream stream_at(uintptr_t address) { return reinterpret_cast<Stream>(address); }
 
-// While one lives, other threads of Python go on.
-class WithoutGil {
- public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(thread_); }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* const thread_;
-};
-
 // Without the GIL: a launch waits while the stream's queue is full, perhaps for a rank that another
 // thread of Python has yet to launch. `arguments`: what the half takes.
 template <class Half, class... Arguments>
 int run(Engine& self, Half half, Arguments&&... arguments) {
-  const WithoutGil release;
+  const pybind11::gil_scoped_release release;
   return static_cast<int>((self.*half)(std::forward<Arguments>(arguments)...));
 }
 

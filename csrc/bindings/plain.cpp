@@ -1,7 +1,5 @@
 #include "bindings/plain.h"
 
-#include <optional>
-
 namespace moebius::cuda {
 namespace {
 
@@ -255,7 +253,7 @@ PyObject* Halves::dispatch_send(PyObject* const* given) {
                             num_tokens,
                             nullptr,
                             false};
-  if (run(engine_, &Engine::dispatch_send, stream, uint64_t{0}, params) != 0) Py_RETURN_NONE;
+  if (run(engine_, &Engine::dispatch_send, stream, 0, params) != 0) Py_RETURN_NONE;
 
   f_.next.set(sequence_, next.ptr());
   last = last_of(number);
@@ -290,7 +288,7 @@ PyObject* Halves::dispatch_recv(PyObject* pending) {
 
   DispatchRecvParams params = native->params;
   params.handle = handle_of(begun);
-  if (run(engine_, &Engine::dispatch_recv, stream, uint64_t{0}, params) != 0) Py_RETURN_NONE;
+  if (run(engine_, &Engine::dispatch_recv, stream, 0, params) != 0) Py_RETURN_NONE;
   f_.stage.set(begun, stages_.received);
   return settle(pending, received.release().ptr());
 }
@@ -321,7 +319,7 @@ PyObject* Halves::combine_send(PyObject* const* given) {
   }
   py::object pending = new_pending(pending_combine_, given[0], begun, rest.ptr());
   if (!pending) return nullptr;
-  if (run(engine_, &Engine::combine_send, stream, uint64_t{0}, params) != 0) Py_RETURN_NONE;
+  if (run(engine_, &Engine::combine_send, stream, 0, params) != 0) Py_RETURN_NONE;
   f_.stage.set(begun, stages_.replied);
   return pending.release().ptr();
 }
@@ -349,14 +347,14 @@ PyObject* Halves::combine_recv(PyObject* pending) {
   if (!find_stream(stream)) Py_RETURN_NONE;
   if (out != Py_None) {
     if (!torch_.find(out, params.out)) Py_RETURN_NONE;
-    if (run(engine_, &Engine::combine_recv, stream, uint64_t{0}, params) != 0) Py_RETURN_NONE;
+    if (run(engine_, &Engine::combine_recv, stream, 0, params) != 0) Py_RETURN_NONE;
     f_.stage.set(begun, stages_.combined);
     return settle(pending, Py_NewRef(out));
   }
   Torch::Handle made = nullptr;
   bool is_launched = false;
   {
-    const WithoutGil release;  // see run()
+    const py::gil_scoped_release release;  // see run()
     made = torch_.empty(params.num_tokens, hidden_, output_dtype_, device_);
     if (made != nullptr) params.out = torch_.address(made);
     try {

@@ -160,12 +160,10 @@ bool Engine::dispatch_send(const DispatchSend& args) {
 
 bool Engine::is_sane(int slot, int src, int32_t num_tokens) const {
   const Shape& s = config_.shape;
-  const int64_t num_replies = s.max_num_tokens * s.replies_per_token();
-  const int64_t last = s.has_weights ? 0 : s.num_topk - 1;
   const int64_t first_row = num_tokens > 0 ? head_of(slot, src, 0).reply_row : 0;
   for (int32_t i = 0; i < num_tokens; ++i) {
     const CellHead* head = &head_of(slot, src, i);
-    if (head->reply_row < 0 || head->reply_row + last >= num_replies) return false;
+    if (!s.is_reply_row(head->reply_row)) return false;
     // The rows of one source are one range: over the network they leave as one message.
     if (s.has_weights && head->reply_row != first_row + i) return false;
     const auto* ids = reinterpret_cast<const int32_t*>(head + 1);

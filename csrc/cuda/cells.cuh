@@ -62,11 +62,6 @@ MOEBIUS_DEVICE Cell warp_find_cell(const Rank& self,
 }
 
 // What a peer wrote is an index here only once it is known to be in bounds.
-MOEBIUS_DEVICE bool is_reply_row(const Shape& s, int32_t row) {
-  const int64_t last = int64_t{row} + (s.has_weights ? 0 : s.num_topk - 1);
-  return row >= 0 && last < s.max_num_tokens * s.replies_per_token();
-}
-
 MOEBIUS_DEVICE void fail_cell(const Rank& self, uint64_t epoch, int src) {
   fail(self,
        epoch,

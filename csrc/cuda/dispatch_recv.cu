@@ -136,7 +136,7 @@ MOEBIUS_DEVICE void describe_cells(const DispatchRecvParams& p,
     const Cell cell = find_cell(p.self, begun.slot, number, shared);
     const int64_t row = int64_t{cell.src} * s.max_num_tokens + cell.index;
     const auto* head = reinterpret_cast<const CellHead*>(cell.at + p.self.layout.head_in_cell);
-    if (lane() == 0 && !is_reply_row(s, load(&head->reply_row))) {
+    if (lane() == 0 && !s.is_reply_row(load(&head->reply_row))) {
       fail_cell(p.self, begun.epoch, cell.src);
     }
     const int32_t* ids = ids_of(p.self, cell.at);

@@ -118,19 +118,17 @@ void Engine::load_kernels() const {
 template <class Params>
 Outcome Engine::run(void (*launcher)(const Params&, int, Target),
                     Stream stream,
-                    std::optional<uint64_t> capture,
+                    uint64_t capture,
                     Params& params) {
   if (has_fault()) return Outcome::kFault;
   const DeviceScope scope(device_);
-  if (capture && capture_id(stream) != *capture) return Outcome::kOtherCapture;
+  if (capture_id(stream) != capture) return Outcome::kOtherCapture;
   params.self = self_;
   launcher(params, num_sms_, Target(stream, can_overlap_));
   return Outcome::kLaunched;
 }
 
-Outcome Engine::dispatch_send(Stream stream,
-                              std::optional<uint64_t> capture,
-                              DispatchSendParams& params) {
+Outcome Engine::dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params) {
   return run(launch_dispatch_send, stream, capture, params);
 }
 

@@ -80,8 +80,8 @@ class Engine {
 
   // Each enqueues one kernel on `stream`; `params.self` is filled in here. `capture`: the capture
   // that the round belongs to, 0 for none; it is the one that `stream` was part of when the round
-  // was sent (nothing: any).
-  Outcome dispatch_send(Stream stream, std::optional<uint64_t> capture, DispatchSendParams& params);
+  // was sent.
+  Outcome dispatch_send(Stream stream, uint64_t capture, DispatchSendParams& params);
   Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
   Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
   Outcome combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params);
@@ -104,7 +104,7 @@ class Engine {
   template <class Params>
   Outcome run(void (*launcher)(const Params&, int, Target),
               Stream stream,
-              std::optional<uint64_t> capture,
+              uint64_t capture,
               Params& params);
   void load_kernels() const;
 

@@ -160,7 +160,7 @@ struct Choices {
   MOEBIUS_DEVICE void note(int i, const Choice& c) const {
     const Shape& s = p.self.layout.shape;
     const int row = find_row(s, c.expert, c.position, c.src, shared);
-    if ((row < 0 && c.expert != -1) || !is_reply_row(s, c.reply_row)) {
+    if ((row < 0 && c.expert != -1) || !s.is_reply_row(c.reply_row)) {
       fail_cell(p.self, begun.epoch, c.src);
     }
     const int at = row < 0 ? -1 : c.expert * s.num_ranks * s.max_num_tokens + row;

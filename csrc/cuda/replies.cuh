@@ -79,11 +79,9 @@ struct Reply {
 // Row that the source wants the answer in, or the first of them; -1 if there is no such row. Seen
 // to be in bounds when the cell was received; a peer can write here all the same.
 MOEBIUS_DEVICE int32_t reply_row(const Rank& self, const std::byte* cell) {
-  const Shape& s = self.layout.shape;
   const auto* head = reinterpret_cast<const CellHead*>(cell + self.layout.head_in_cell);
   const int32_t row = load(&head->reply_row);
-  const int64_t last = int64_t{row} + (s.has_weights ? 0 : s.num_topk - 1);
-  return row >= 0 && last < s.max_num_tokens * s.replies_per_token() ? row : -1;
+  return self.layout.shape.is_reply_row(row) ? row : -1;
 }
 
 // `i`: number of its source, in their order.

@@ -211,7 +211,7 @@ MUTANTS = [
     Mutant(
         "dr-token-reply-row-not-looked-at",
         RECV,
-        "    if (lane() == 0 && !is_reply_row(s, load(&head->reply_row))) {",
+        "    if (lane() == 0 && !s.is_reply_row(load(&head->reply_row))) {",
         "    if (lane() == 0 && load(&head->reply_row) > 1 << 30) {",
         "a reply would go anywhere",
         "bad-cell-token",

@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant(
         "dr-reply-row-not-looked-at",
         EXPERTS,
-        " || !is_reply_row(s, c.reply_row)) {",
+        " || !s.is_reply_row(c.reply_row)) {",
         ") {",
         "a reply would go anywhere",
         "bad-cell",

@@ -228,6 +228,17 @@ def test_misaligned_rows_are_refused_in_the_same_words() -> None:
     rows = at_odd_address(alike.seats[0].expected[2].expert_out[0])
     answer = alike.call(lambda seats: seats.ranks[0].combine_send(rows, received[id(seats)]))
     assert "multiples of 16 bytes" in answer[1]
+    expert_out, home = alike.seats[0].expected[2].expert_out[0], at_odd_address(torch.zeros_like(x))
+    answer = alike.call(lambda seats: seats.ranks[0].combine_send(expert_out, received[id(seats)], out=home))
+    assert "multiples of 16 bytes" in answer[1]
+
+
+def test_more_tokens_than_there_is_room_for_are_refused_in_the_same_words() -> None:
+    alike = Alike(small())
+    most = alike.seats[0].case.max_num_tokens
+    x, ids, weights = (torch.cat([one, one])[: most + 1] for one in plain_inputs(alike.seats[0], 2))
+    assert len(x) == len(ids) == len(weights) == most + 1
+    assert alike.call(lambda seats: seats.ranks[0].dispatch_send(x, ids, weights))[0] is ShapeError
 
 
 @modes
@@ -305,6 +316,14 @@ def test_captured_halves_are_pythons() -> None:
     graph.replay(a2a.stream)
     seats.wait()
     seats.check(3, received, combined)
+    counted.taken()
+    a2a.begin_capture()
+    sent, arrived = seats.send(0, 4), seats.send(0, 5).receive()
+    a2a.end_capture()
+    for half in (sent.receive, lambda: seats.reply(0, 5, arrived)):
+        with pytest.raises(StateError, match="began in a capture"):
+            half()
+    assert counted.taken() == []
 
 
 def test_a_torch_that_cannot_be_asked_for_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
