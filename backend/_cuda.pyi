@@ -107,6 +107,44 @@ class Engine:
         wait_stats: int,
         /,
     ) -> int: ...
+    # Both halves by one kernel: what the send half takes, then what the receive half takes beside it.
+    def dispatch(
+        self,
+        stream: int,
+        capture: int,
+        handle: int,
+        x: int,
+        x_stride: int,
+        x_dtype: int,
+        scales: int,
+        scales_stride: int,
+        topk_ids: int,
+        has_int64_ids: bool,
+        topk_weights: int,
+        num_tokens: int,
+        num_valid_tokens: int,
+        has_int64_valid: bool,
+        buffers: RecvBuffers,
+        expert_stats: int,
+        has_int64_stats: bool,
+        wait_stats: int,
+        /,
+    ) -> int: ...
+    def combine(
+        self,
+        stream: int,
+        capture: int,
+        handle: int,
+        expert_out: int,
+        expert_stride: int,
+        row_stride: int,
+        out: int,
+        out_stride: int,
+        num_tokens: int,
+        topk_weights: int,
+        wait_stats: int,
+        /,
+    ) -> int: ...
     def has_fault(self) -> bool: ...
     def take_fault(self) -> dict[str, Any] | None: ...
     def num_rounds(self) -> int: ...
@@ -148,6 +186,32 @@ class Plain:
         /,
     ) -> PendingCombine | None: ...
     def combine_recv(self, pending: PendingCombine, /) -> Tensor | None: ...
+
+    # Both halves by one kernel.
+    def dispatch(
+        self,
+        owner: AllToAll,
+        x: object,
+        topk_ids: object,
+        topk_weights: object,
+        scales: object,
+        num_valid_tokens: object,
+        out: object,
+        out_scales: object,
+        expert_stats: object,
+        wait_stats: object,
+        /,
+    ) -> Dispatched | None: ...
+    def combine(
+        self,
+        owner: AllToAll,
+        expert_out: object,
+        recv: object,
+        topk_weights: object,
+        out: object,
+        wait_stats: object,
+        /,
+    ) -> Tensor | None: ...
 
 def plain(
     *,

@@ -195,17 +195,15 @@ class AllToAll(Halves):
         """
         if not is_dynamo_compiling() and self.plain is not None:
             # One by one: to unpack a tuple costs more.
-            pending: PendingDispatch | None = self.plain.dispatch_send(
+            received: Dispatched | None = self.plain.dispatch(
                 self, x, topk_ids, topk_weights, scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats
             )
-            if pending is not None:
-                received: Dispatched | None = self.plain.dispatch_recv(pending)
-                return pending.receive() if received is None else received
+            if received is not None:
+                return received
         options = (scales, num_valid_tokens, out, out_scales, expert_stats, wait_stats)
         if is_compiling():
             return self.traced.dispatch_send(x, topk_ids, topk_weights, options).receive()  # type: ignore[return-value]
-        begun, rest = self._send_dispatch(x, topk_ids, topk_weights, options)
-        return self._receive_dispatch(begun, *rest)
+        return self._dispatch(x, topk_ids, topk_weights, options)
 
     def dispatch_send(
         self,
@@ -269,16 +267,12 @@ class AllToAll(Halves):
             PeerTimeoutError: a rank did not deliver within the deadline; the round is lost.
         """
         if not is_dynamo_compiling() and self.plain is not None:
-            pending: PendingCombine | None = self.plain.combine_send(
-                self, expert_out, recv, topk_weights, out, wait_stats
-            )
-            if pending is not None:
-                home: Tensor | None = self.plain.combine_recv(pending)
-                return pending.receive() if home is None else home
+            home: Tensor | None = self.plain.combine(self, expert_out, recv, topk_weights, out, wait_stats)
+            if home is not None:
+                return home
         if is_compiling():
             return self.traced.combine_send(expert_out, recv, topk_weights, (out, wait_stats)).receive()
-        begun, rest = self._send_combine(expert_out, recv, topk_weights, out, wait_stats)
-        return self._receive_combine(begun, *rest)
+        return self._combine(expert_out, recv, topk_weights, out, wait_stats)
 
     def combine_send(
         self,

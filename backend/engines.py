@@ -70,6 +70,18 @@ class Engine(abc.ABC):
     def receive_combine(self, begun: Round, out: int, out_stride: int, weights: int, wait_stats: int) -> None:
         """Receive and sum `begun.num_tokens` rows into the memory at `out`."""
 
+    def dispatch(
+        self, sent: tuple[int, ...], num_tokens: int, given: Given | None, stats: tuple[int, bool, int]
+    ) -> tuple[Round, slots.SlotBuffers]:
+        """Both halves of dispatch."""
+        begun = self.send_dispatch(sent, num_tokens)
+        return begun, self.receive_dispatch(begun, given, stats)
+
+    def combine(self, begun: Round, sent: tuple[int, int, int], received: tuple[int, int, int, int]) -> None:
+        """Both halves of combine; `received` is what `receive_combine` takes."""
+        self.send_combine(begun, sent)
+        self.receive_combine(begun, *received)
+
     def plain(self) -> Any:
         """The halves in one native call each, for calls without options (`_cuda.Plain`); None without such."""
         return None

@@ -47,6 +47,18 @@ class Halves:
         rest = self._arguments.receiving(*receiving)
         return engine.send_dispatch(sent, num_tokens), rest
 
+    def _dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, options: tuple[Tensor | None, ...]
+    ) -> Dispatched:
+        """Both halves; nothing has happened where an argument is refused."""
+        engine = self._engine or self._open()
+        scales, num_valid_tokens, *receiving = options
+        sent, num_tokens, _kept = self._arguments.dispatch(x, topk_ids, topk_weights, scales, num_valid_tokens)
+        given, stats, _given = self._arguments.receiving(*receiving)
+        begun, buffers = engine.dispatch(sent, num_tokens, given, stats)
+        begun.stage = RECEIVED
+        return Dispatched(begun, buffers)
+
     def _receive_dispatch(
         self, begun: Round, given: engines.Given | None, stats: tuple[int, bool, int], _kept: object
     ) -> Dispatched:
@@ -61,6 +73,23 @@ class Halves:
         self, expert_out: Tensor, recv: Dispatched, topk_weights: Any, out: Any, wait_stats: Any
     ) -> tuple[Round, Returning]:
         """Check and send; the round, and what the receive half takes beside it."""
+        begun, sent, rest = self._check_combine(expert_out, recv, topk_weights, out, wait_stats)
+        (self._engine or self._open()).send_combine(begun, sent)
+        begun.stage = REPLIED
+        return begun, rest
+
+    def _combine(self, expert_out: Tensor, recv: Dispatched, topk_weights: Any, out: Any, wait_stats: Any) -> Tensor:
+        """Both halves; nothing has happened where an argument is refused."""
+        begun, sent, rest = self._check_combine(expert_out, recv, topk_weights, out, wait_stats)
+        home, received = self._home(begun, *rest)
+        (self._engine or self._open()).combine(begun, sent, received)
+        begun.stage = COMBINED
+        return home
+
+    def _check_combine(
+        self, expert_out: Tensor, recv: Dispatched, topk_weights: Any, out: Any, wait_stats: Any
+    ) -> tuple[Round, tuple[int, int, int], Returning]:
+        """The round, what the send half takes, and what the receive half takes beside them."""
         engine = self._engine or self._open()
         if not isinstance(recv, Dispatched):
             raise StateError(f"`recv` must be what dispatch returned (got {type(recv).__name__})")
@@ -74,23 +103,27 @@ class Halves:
         weights = check.combine_weights(topk_weights, begun.num_tokens)
         out_stride = check.combined(out, begun.num_tokens) if out is not None else self._reply_bytes
         wait_ptr = check.wait_stats(wait_stats) if wait_stats is not None else 0
-        engine.send_combine(begun, sent)
-        begun.stage = REPLIED
-        return begun, (out, out_stride, weights, wait_ptr, wait_stats)
+        return begun, sent, (out, out_stride, weights, wait_ptr, wait_stats)
 
-    def _receive_combine(
-        self, begun: Round, out: Tensor | None, out_stride: int, weights: Any, wait_ptr: int, _wait_stats: object
-    ) -> Tensor:
+    def _receive_combine(self, begun: Round, *rest: Any) -> Tensor:
+        """`rest` as in `Returning`."""
         engine = self._engine or self._open()
         if begun.stage is not REPLIED:
             raise begun.refusal(REPLIED, "combine receive")
+        home, received = self._home(begun, *rest)
+        engine.receive_combine(begun, *received)
+        begun.stage = COMBINED
+        return home
+
+    def _home(
+        self, begun: Round, out: Tensor | None, out_stride: int, weights: Any, wait_ptr: int, _wait_stats: object
+    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Where a combine's result goes, and that as the engine takes it."""
         if out is None:
             # Torch reads sizes that come one by one faster than a tuple of them.
             out = torch.empty(begun.num_tokens, self.wire.hidden, dtype=self.wire.output_dtype, device=self.device)
         weights_ptr = weights.data_ptr() if weights is not None else 0
-        engine.receive_combine(begun, out.data_ptr(), out_stride, weights_ptr, wait_ptr)
-        begun.stage = COMBINED
-        return out
+        return out, (out.data_ptr(), out_stride, weights_ptr, wait_ptr)
 
     def _open(self) -> engines.Engine:
         """The engine; a `StateError` once the object is closed. The halves call it for the error alone."""

@@ -92,9 +92,15 @@ class _Sequence:
         self.next = 0
         self.table = RoundTable(depth, is_in_place=False)
 
+    def begin(self, num_tokens: int, handle: int, own: object) -> Round:
+        """The next round, which has been enqueued."""
+        begun = self.table.begin(self.next, num_tokens, handle, self.capture, own)
+        self.next += 1
+        return begun
+
 
 class CudaEngine(Engine):
-    """Each half enqueues one kernel on the current stream; nothing waits for the device.
+    """A half enqueues one kernel on the current stream, and so do, eagerly, both at once; nothing waits for the device.
 
     Eager rounds take turns with `depth` handles and `depth` sets of buffers. A round inside a capture has its own,
     from the graph's memory: they live as long as what the calls returned, and then are the graph's.
@@ -180,24 +186,15 @@ class CudaEngine(Engine):
     def send_dispatch(self, sent: tuple[int, ...], num_tokens: int) -> Round:
         """See `Engine`."""
         stream = self._stream()
-        capture = self._capture_id(stream)
-        sequence = self._eager if capture == 0 else self._sequence(capture)
-        epoch = sequence.next
-        sequence.table.check_free(epoch)
-        if capture == 0:
-            own, handle = None, self._eager_handles[epoch % len(self._eager_handles)]
-        else:
-            own = torch.empty(1, dtype=torch.int64, device=self.device)
-            handle = own.data_ptr()
-        outcome = self._native.dispatch_send(stream, capture, handle, *sent)
+        sequence, handle, own = self._next_round(stream)
+        outcome = self._native.dispatch_send(stream, sequence.capture, handle, *sent)
         if outcome:
             self._refuse(outcome, "dispatch")
-        sequence.next = epoch + 1
-        return sequence.table.begin(epoch, num_tokens, handle, capture, own)
+        return sequence.begin(num_tokens, handle, own)
 
     def receive_dispatch(self, begun: Round, given: Given | None, stats: tuple[int, bool, int]) -> slots.SlotBuffers:
         """See `Engine`."""
-        buffers = self._buffers(begun, given)
+        buffers = self._buffers(begun.capture, begun.epoch, given)
         outcome = self._native.dispatch_recv(
             self._stream(), begun.capture, begun.handle, buffers.native, stats[0], stats[1], stats[2]
         )
@@ -221,6 +218,30 @@ class CudaEngine(Engine):
         )
         if outcome:
             self._refuse(outcome, "combine receive", begun)
+
+    def dispatch(
+        self, sent: tuple[int, ...], num_tokens: int, given: Given | None, stats: tuple[int, bool, int]
+    ) -> tuple[Round, slots.SlotBuffers]:
+        """See `Engine`. In a graph, where launches cost little, two kernels take less time than one that does both."""
+        stream = self._stream()
+        if self._capture_id(stream) != 0:
+            return super().dispatch(sent, num_tokens, given, stats)
+        sequence, handle, own = self._next_round(stream)
+        buffers = self._buffers(sequence.capture, sequence.next, given)
+        outcome = self._native.dispatch(stream, sequence.capture, handle, *sent, buffers.native, *stats)
+        if outcome:
+            self._refuse(outcome, "dispatch")
+        return sequence.begin(num_tokens, handle, own), buffers
+
+    def combine(self, begun: Round, sent: tuple[int, int, int], received: tuple[int, int, int, int]) -> None:
+        """See `Engine`; one kernel or two, as `dispatch`."""
+        if begun.capture != 0:
+            super().combine(begun, sent, received)
+            return
+        out, out_stride, *rest = received
+        outcome = self._native.combine(self._stream(), 0, begun.handle, *sent, out, out_stride, begun.num_tokens, *rest)
+        if outcome:
+            self._refuse(outcome, "combine", begun)
 
     def is_own(self, begun: Round) -> bool:
         """See `Engine`; a round of another capture than the last is nobody's."""
@@ -277,10 +298,21 @@ class CudaEngine(Engine):
             self._captured = _Sequence(capture, self._config.depth)
         return self._captured
 
-    def _buffers(self, begun: Round, given: Given | None) -> slots.SlotBuffers:
-        if begun.capture != 0:
+    def _next_round(self, stream: int) -> tuple[_Sequence, int, Tensor | None]:
+        """Its sequence, its handle, and what the handle is kept alive by; refused while its slot is in use."""
+        capture = self._capture_id(stream)
+        sequence = self._eager if capture == 0 else self._sequence(capture)
+        sequence.table.check_free(sequence.next)
+        if capture == 0:
+            return sequence, self._eager_handles[sequence.next % len(self._eager_handles)], None
+        own = torch.empty(1, dtype=torch.int64, device=self.device)
+        return sequence, own.data_ptr(), own
+
+    def _buffers(self, capture: int, epoch: int, given: Given | None) -> slots.SlotBuffers:
+        """Of a round's result."""
+        if capture != 0:
             return self._make_buffers(*given or (None, None))
-        slot = begun.epoch % len(self._slots)
+        slot = epoch % len(self._slots)
         if given is None:
             kept = self._slots[slot]
             if kept is None:

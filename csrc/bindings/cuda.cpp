@@ -79,84 +79,95 @@ std::unique_ptr<Engine, UnlockedDelete> make_engine(int num_ranks,
   return std::unique_ptr<Engine, UnlockedDelete>(new Engine(config, rank, addresses));
 }
 
-int dispatch_send(Engine& self,
-                  uintptr_t stream,
-                  uint64_t capture,
-                  uintptr_t handle,
-                  uintptr_t x,
-                  int64_t x_stride,
-                  int x_dtype,
-                  uintptr_t scales,
-                  int64_t scales_stride,
-                  uintptr_t topk_ids,
-                  bool has_int64_ids,
-                  uintptr_t topk_weights,
-                  int64_t num_tokens,
-                  uintptr_t num_valid_tokens,
-                  bool has_int64_valid) {
+// What Python gives for each half, as the kernels take it. `x_dtype` < 0: not to be quantised.
+DispatchSendParams sent(uintptr_t handle,
+                        uintptr_t x,
+                        int64_t x_stride,
+                        int x_dtype,
+                        uintptr_t scales,
+                        int64_t scales_stride,
+                        uintptr_t topk_ids,
+                        bool has_int64_ids,
+                        uintptr_t topk_weights,
+                        int64_t num_tokens,
+                        uintptr_t num_valid_tokens,
+                        bool has_int64_valid) {
   const bool is_quantised = x_dtype >= 0;
-  DispatchSendParams params{{},
-                            at<uint64_t>(handle),
-                            at(x),
-                            x_stride,
-                            is_quantised ? Encoding::kQuantise : Encoding::kCopy,
-                            static_cast<Dtype>(is_quantised ? x_dtype : 0),
-                            at(scales),
-                            scales_stride,
-                            at<const void>(topk_ids),
-                            has_int64_ids,
-                            at<const float>(topk_weights),
-                            num_tokens,
-                            at<const void>(num_valid_tokens),
-                            has_int64_valid};
-  return run(self, &Engine::dispatch_send, stream_at(stream), capture, params);
+  return {{},
+          at<uint64_t>(handle),
+          at(x),
+          x_stride,
+          is_quantised ? Encoding::kQuantise : Encoding::kCopy,
+          static_cast<Dtype>(is_quantised ? x_dtype : 0),
+          at(scales),
+          scales_stride,
+          at<const void>(topk_ids),
+          has_int64_ids,
+          at<const float>(topk_weights),
+          num_tokens,
+          at<const void>(num_valid_tokens),
+          has_int64_valid};
 }
 
-int dispatch_recv(Engine& self,
-                  uintptr_t stream,
-                  uint64_t capture,
-                  uintptr_t handle,
-                  const RecvBuffers& buffers,
-                  uintptr_t expert_stats,
-                  bool has_int64_stats,
-                  uintptr_t wait_stats) {
+DispatchRecvParams received(uintptr_t handle,
+                            const RecvBuffers& buffers,
+                            uintptr_t expert_stats,
+                            bool has_int64_stats,
+                            uintptr_t wait_stats) {
   DispatchRecvParams params = buffers.params;
   params.handle = at<const uint64_t>(handle);
   params.expert_stats = at<void>(expert_stats);
   params.has_int64_stats = has_int64_stats;
   params.wait_stats = at<int64_t>(wait_stats);
-  return run(self, &Engine::dispatch_recv, stream_at(stream), capture, params);
+  return params;
 }
 
-int combine_send(Engine& self,
-                 uintptr_t stream,
-                 uint64_t capture,
-                 uintptr_t handle,
-                 uintptr_t expert_out,
-                 int64_t expert_stride,
-                 int64_t row_stride) {
-  CombineSendParams params{
-      {}, at<const uint64_t>(handle), at(expert_out), expert_stride, row_stride};
-  return run(self, &Engine::combine_send, stream_at(stream), capture, params);
+CombineSendParams replied(uintptr_t handle,
+                          uintptr_t expert_out,
+                          int64_t expert_stride,
+                          int64_t row_stride) {
+  return {{}, at<const uint64_t>(handle), at(expert_out), expert_stride, row_stride};
 }
 
-int combine_recv(Engine& self,
-                 uintptr_t stream,
-                 uint64_t capture,
-                 uintptr_t handle,
-                 uintptr_t out,
-                 int64_t out_stride,
-                 int64_t num_tokens,
-                 uintptr_t topk_weights,
-                 uintptr_t wait_stats) {
-  CombineRecvParams params{{},
-                           at<const uint64_t>(handle),
-                           at<std::byte>(out),
-                           out_stride,
-                           num_tokens,
-                           at<const float>(topk_weights),
-                           at<int64_t>(wait_stats)};
-  return run(self, &Engine::combine_recv, stream_at(stream), capture, params);
+CombineRecvParams combined(uintptr_t handle,
+                           uintptr_t out,
+                           int64_t out_stride,
+                           int64_t num_tokens,
+                           uintptr_t topk_weights,
+                           uintptr_t wait_stats) {
+  return {{},
+          at<const uint64_t>(handle),
+          at<std::byte>(out),
+          out_stride,
+          num_tokens,
+          at<const float>(topk_weights),
+          at<int64_t>(wait_stats)};
+}
+
+// A function for Python: a half, or both at once, of the round with `handle`, whose other arguments
+// are those of the functions above.
+template <class Params, class... Given>
+auto half(Outcome (Engine::*enqueue)(Stream, uint64_t, Params&),
+          Params (*make)(uintptr_t, Given...)) {
+  return [=](Engine& self, uintptr_t stream, uint64_t capture, uintptr_t handle, Given... given) {
+    Params params = make(handle, given...);
+    return run(self, enqueue, stream_at(stream), capture, params);
+  };
+}
+template <class Send, class Recv, class... ToSend, class... ToRecv>
+auto both(Outcome (Engine::*enqueue)(Stream, uint64_t, Send&, Recv&),
+          Send (*make_send)(uintptr_t, ToSend...),
+          Recv (*make_recv)(uintptr_t, ToRecv...)) {
+  return [=](Engine& self,
+             uintptr_t stream,
+             uint64_t capture,
+             uintptr_t handle,
+             ToSend... to_send,
+             ToRecv... to_recv) {
+    Send send = make_send(handle, to_send...);
+    Recv recv = make_recv(handle, to_recv...);
+    return run(self, enqueue, stream_at(stream), capture, send, recv);
+  };
 }
 
 py::object take_fault(Engine& self) {
@@ -216,10 +227,12 @@ void bind_engine(py::module_& m) {
            py::arg("device"),
            py::arg("rank"),
            py::arg("heaps"))
-      .def("dispatch_send", &dispatch_send)
-      .def("dispatch_recv", &dispatch_recv)
-      .def("combine_send", &combine_send)
-      .def("combine_recv", &combine_recv)
+      .def("dispatch_send", half(&Engine::dispatch_send, &sent))
+      .def("dispatch_recv", half(&Engine::dispatch_recv, &received))
+      .def("combine_send", half(&Engine::combine_send, &replied))
+      .def("combine_recv", half(&Engine::combine_recv, &combined))
+      .def("dispatch", both(&Engine::dispatch, &sent, &received))
+      .def("combine", both(&Engine::combine, &replied, &combined))
       .def("has_fault", &Engine::has_fault)
       .def("take_fault", &take_fault)
       .def("num_rounds", &Engine::num_rounds, Unlocked())

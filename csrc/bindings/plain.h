@@ -60,6 +60,9 @@ class Halves {
   PyObject* dispatch_recv(PyObject* pending);
   PyObject* combine_send(PyObject* const* given);
   PyObject* combine_recv(PyObject* pending);
+  // Both halves at once.
+  PyObject* dispatch(PyObject* const* given);
+  PyObject* combine(PyObject* const* given);
 
   int visit(visitproc visit, void* arg) const {
     for (const py::object& one : held_) Py_VISIT(one.ptr());
@@ -79,17 +82,30 @@ class Halves {
   bool reads_choices(PyObject* object, int64_t num_tokens, DlTensor& t) const;
   bool reads_weights(PyObject* object, int64_t num_tokens, const std::byte*& weights) const;
   bool reads_expert_out(PyObject* object, CombineSendParams& params) const;
-  // A combine's `out`, and the bytes from row to row.
-  bool reads_out(PyObject* object, int64_t num_tokens, int64_t& stride) const;
+  // A combine's `out`, of the tokens that `params` has.
+  bool reads_out(PyObject* object, CombineRecvParams& params) const;
+  // What a dispatch is given, and a combine, which has to be its round's turn.
+  bool reads_batch(PyObject* const* given, DispatchSendParams& params) const;
+  bool reads_answer(PyObject* const* given, CombineSendParams& send, CombineRecvParams& recv) const;
   const RecvBuffers* buffers_of(size_t slot);
   PyObject* last_of(int64_t epoch) const { return PyList_GET_ITEM(rounds_, epoch % shape_.depth); }
   bool is_eager(PyObject* begun) const { return f_.capture.of(begun) == zero_; }
   const uint64_t* handle_of(PyObject* begun) const {
     return at<const uint64_t>(PyLong_AsSize_t(f_.handle.of(begun)));
   }
+  // Whether round `number` may have the slot.
+  bool may_begin(int64_t number) const;
+  // The next round, at `stage`; gives `params` its handle. Nobody knows it before keep_round.
+  py::object new_round(int64_t number, DispatchSendParams& params, PyObject* stage);
+  void keep_round(int64_t number, PyObject* next, py::object begun);
+  py::object new_dispatched(size_t slot, PyObject* begun);
   py::object new_pending(PyTypeObject* type, PyObject* owner, PyObject* begun, PyObject* rest);
   // Leaves `result`, which is returned, and nothing else with what was received.
   PyObject* settle(PyObject* pending, PyObject* result) const;
+  // What `launch`, without the GIL, has a combine write to, `out` or a new tensor; None where it
+  // launches nothing.
+  template <class Launch>
+  py::object with_out(PyObject* out, CombineRecvParams& params, Launch&& launch) const;
 
   const Torch torch_;
   std::vector<py::object> held_;

@@ -35,7 +35,7 @@ PyObject* call(PyObject* self, Call&& half) {
 }
 
 template <Py_ssize_t kCount, PyObject* (Halves::*kHalf)(PyObject* const*)>
-PyObject* send(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+PyObject* with_tensors(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   if (count != kCount) {
     return PyErr_Format(PyExc_TypeError, "%zd arguments expected (got %zd)", kCount, count);
   }
@@ -73,9 +73,11 @@ PyCFunction method(Function* function) {
 
 py::object make_type() {
   static PyMethodDef methods[] = {
-      {"dispatch_send", method(&send<10, &Halves::dispatch_send>), METH_FASTCALL, nullptr},
+      {"dispatch_send", method(&with_tensors<10, &Halves::dispatch_send>), METH_FASTCALL, nullptr},
       {"dispatch_recv", method(&receive<&Halves::dispatch_recv>), METH_O, nullptr},
-      {"combine_send", method(&send<6, &Halves::combine_send>), METH_FASTCALL, nullptr},
+      {"combine_send", method(&with_tensors<6, &Halves::combine_send>), METH_FASTCALL, nullptr},
+      {"dispatch", method(&with_tensors<10, &Halves::dispatch>), METH_FASTCALL, nullptr},
+      {"combine", method(&with_tensors<6, &Halves::combine>), METH_FASTCALL, nullptr},
       {"combine_recv", method(&receive<&Halves::combine_recv>), METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(&deallocate)},

@@ -57,6 +57,7 @@ inline void bind(pybind11::module_& m) {
       [](uintptr_t s) { World::process().synchronize(stream_at(s)); },
       Unlocked());
   m.def("run_until_idle", [] { World::process().run_until_idle(); }, Unlocked());
+  m.def("num_launches", [] { return World::process().counters().num_launches; });
   m.def("now_ns", [] { return World::process().now_ns(); });
 
   py::class_<Recorded>(m, "Recorded", py::module_local())

@@ -11,7 +11,8 @@
 //              load_stream: 16 bytes that nobody writes while the kernel runs;
 //              load_last: 16 bytes of global memory that nobody reads again
 // Atomics      shared: or_shared, add_shared (return what was there); global, device scope:
-//              add_relaxed_gpu (returns nothing), add_acq_rel_gpu, exchange_max_gpu (atomicMax)
+//              add_relaxed_gpu (returns nothing), fetch_add_relaxed_gpu, add_acq_rel_gpu,
+//              exchange_max_gpu (atomicMax)
 // Order        load_acquire_sys, store_release_sys, load_relaxed_sys, store_relaxed_sys,
 //              fence_acq_rel_sys
 // Bulk copies  by a whole warp, 16-byte aligned, multiples of 16 bytes:

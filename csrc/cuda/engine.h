@@ -85,6 +85,16 @@ class Engine {
   Outcome dispatch_recv(Stream stream, uint64_t capture, DispatchRecvParams& params);
   Outcome combine_send(Stream stream, uint64_t capture, CombineSendParams& params);
   Outcome combine_recv(Stream stream, uint64_t capture, CombineRecvParams& params);
+  // Both halves at once: by one kernel, or by two where there are many tokens, or a dispatch
+  // receives into what it sends.
+  Outcome dispatch(Stream stream,
+                   uint64_t capture,
+                   DispatchSendParams& send,
+                   DispatchRecvParams& recv);
+  Outcome combine(Stream stream,
+                  uint64_t capture,
+                  CombineSendParams& send,
+                  CombineRecvParams& recv);
 
   bool has_fault() const;
   // The first fault since the last time that it was asked for.
@@ -101,11 +111,9 @@ class Engine {
   const Rank& self() const { return self_; }
 
  private:
-  template <class Params>
-  Outcome run(void (*launcher)(const Params&, int, Target),
-              Stream stream,
-              uint64_t capture,
-              Params& params);
+  // `launch(target)`, if the stream is in that capture and nothing has failed.
+  template <class Launch>
+  Outcome run(Stream stream, uint64_t capture, Launch&& launch);
   void load_kernels() const;
 
   const int device_;

@@ -138,7 +138,7 @@ struct Choices {
   const RecvShared& shared;
 
   MOEBIUS_DEVICE static int first() {
-    const Share share = Share::of_grid();
+    const Share share = Share::of(Place::of_block());
     return (share.num_warps - 1 - share.first) * kWarp + lane();
   }
   MOEBIUS_DEVICE int num() const {

@@ -1,4 +1,4 @@
-// The four halves as the host calls them: each enqueues one kernel. Implemented beside the kernels,
+// What the host enqueues, one kernel each: a half, or both at once. Implemented beside the kernels,
 // over csrc/cuda/runtime.h.
 #pragma once
 
@@ -12,5 +12,13 @@ void launch_dispatch_send(const DispatchSendParams& params, int num_sms, Target 
 void launch_dispatch_recv(const DispatchRecvParams& params, int num_sms, Target target);
 void launch_combine_send(const CombineSendParams& params, int num_sms, Target target);
 void launch_combine_recv(const CombineRecvParams& params, int num_sms, Target target);
+void launch_dispatch(const DispatchSendParams& send,
+                     const DispatchRecvParams& recv,
+                     int num_sms,
+                     Target target);
+void launch_combine(const CombineSendParams& send,
+                    const CombineRecvParams& recv,
+                    int num_sms,
+                    Target target);
 
 }  // namespace moebius::cuda

@@ -16,6 +16,7 @@ namespace moebius::cuda {
 // A wait that failed, noted by the first block to see it; the last block acts on it.
 struct Failure {
   uint64_t claimed;  // 1 + the round; compared, never cleared
+  uint64_t noted;    // the same, once `fault` is there
   Fault fault;
 };
 
@@ -24,8 +25,11 @@ constexpr uint64_t kMostChoices = kLowMask;
 // What the kernels of one rank tell each other. Private device memory, zero at first; no peer
 // touches it.
 struct LocalState {
-  // Blocks of the running kernel that are done, per half; zero between kernels.
+  // Parts of the running kernel that are done, per half; zero between kernels.
   uint32_t num_done[kNumHalves];
+  // How often blocks have asked for a part of a half, where a kernel does two; zero between
+  // kernels.
+  uint32_t num_taken[kNumHalves];
   // Per slot: 1 + the last round that this rank gave up; likewise that it closed by an empty
   // combine.
   uint64_t lost[kMaxDepth];

@@ -106,6 +106,7 @@ MOEBIUS_DEVICE void add_relaxed_gpu(int32_t* p, int32_t n) { atomicAdd(p, n); }
 MOEBIUS_DEVICE void add_relaxed_gpu(int64_t* p, int64_t n) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(n));
 }
+MOEBIUS_DEVICE uint32_t fetch_add_relaxed_gpu(uint32_t* p, uint32_t n) { return atomicAdd(p, n); }
 MOEBIUS_DEVICE uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t n) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"

@@ -114,6 +114,7 @@ MOEBIUS_COLD bool fail(const Rank& self,
   store(&f.waited_ns, static_cast<int64_t>(waited_ns));
   store(&f.token, int64_t{-1});
   store(&f.choice, int64_t{-1});
+  store_release_sys(&failure.noted, epoch + 1);
   return false;
 }
 
@@ -158,8 +159,10 @@ spin(const Rank& self, int src, SignalKind kind, uint64_t awaited_epoch, uint64_
   uint64_t word = 0;
   // Blocks that run one after the other do not wait for a deadline each.
   if (is_given_up(self, epoch)) return word;
+  const uint64_t* own =
+      signal_at(self, self.rank, self.layout.slot_of(awaited_epoch), self.rank, kind);
   const uint64_t timeout = static_cast<uint64_t>(self.timeout_ns);
-  const uint64_t start = now_ns();
+  uint64_t start = now_ns();
   const uint64_t look_ns = min_of(static_cast<int64_t>(kLookNs), self.timeout_ns / 4 + 1);
   uint64_t deadline = start + timeout;
   uint64_t next_look = start + look_ns;
@@ -171,6 +174,13 @@ spin(const Rank& self, int src, SignalKind kind, uint64_t awaited_epoch, uint64_
     if (now < next_look && now < deadline) continue;
     next_look = now + look_ns;
     if (is_given_up(self, epoch)) return word;
+    if (!signal_arrived(load_acquire_sys(own), awaited_epoch)) {
+      // This kernel has yet to send itself (see turns.cuh), and may have to wait for that: it is
+      // then for that wait to say who holds it up. The others cannot have had our part.
+      start = now;
+      deadline = start + timeout;
+      continue;
+    }
     // For those who wait for us: whom we wait for. Any block: the others may not have begun.
     const uint64_t whom = static_cast<uint64_t>(src) * 2 + static_cast<uint64_t>(kind);
     store_release_sys(&control_of(self, self.rank)->awaiting, signal_word(awaited_epoch, whom));
@@ -236,32 +246,44 @@ MOEBIUS_DEVICE int64_t await_count(const Rank& self,
   return -1;
 }
 
-// Of a block, in shared memory: how its kernel ends.
+// Which of the parts that a half is dealt out in: one for each block of its kernel, or as turns.cuh
+// says.
+struct Place {
+  int index, num;
+
+  MOEBIUS_DEVICE static Place of_block() { return {block_index(), num_blocks()}; }
+  MOEBIUS_DEVICE bool is_first() const { return index == 0; }
+  MOEBIUS_DEVICE bool is_last() const { return index == num - 1; }
+};
+
+// Of a block, in shared memory: how its part of a half ends.
 struct Ending {
   uint32_t has_failed;  // a wait of this block is over without success
   uint32_t met;         // of these bits:
 };
-constexpr uint32_t kIsLast = 1;  // the last block of the kernel, which sees what all have written
+constexpr uint32_t kIsLast = 1;  // the last part to be done, whose block sees what all have written
 constexpr uint32_t kAnyFailed = 2;         // and one of them has failed
 constexpr uint32_t kOneFailed = 1u << 16;  // in num_done, above the number of blocks
 
-// One thread, after a block barrier: the block is done with what the last block waits for. The
-// block may read `met` after the next barrier.
-MOEBIUS_DEVICE void arrive(const Rank& self, Half half, Ending* ending) {
+// One thread, after a block barrier: the part is done with what the last block waits for. `num`:
+// of parts. The block may read `met` after the next barrier.
+MOEBIUS_DEVICE void arrive(const Rank& self, Half half, int num, Ending* ending) {
   uint32_t* num_done = &self.state->num_done[static_cast<int>(half)];
   const uint32_t mine = 1 + (load(&ending->has_failed) != 0 ? kOneFailed : 0);
   // Release of this block's writes, acquire of those of the blocks before. [all-done]
   const uint32_t all = add_acq_rel_gpu(num_done, mine) + mine;
-  const bool is_last = all % kOneFailed == static_cast<uint32_t>(num_blocks());
+  const bool is_last = all % kOneFailed == static_cast<uint32_t>(num);
   if (is_last) store(num_done, 0u);
   store(&ending->met, is_last ? kIsLast | (all >= kOneFailed ? kAnyFailed : 0) : 0u);
 }
 
-// All threads: ends the block's part of the kernel; `met`.
-MOEBIUS_DEVICE uint32_t meet(const Rank& self, Half half, Ending* ending) {
+// All threads: ends a part; `met`. `turns`: asked for the next one meanwhile, if there are several.
+template <class T>
+MOEBIUS_DEVICE uint32_t meet(const Rank& self, Half half, int num, Ending* ending, const T& turns) {
   sync_block();
-  if (num_blocks() == 1) return kIsLast | (load(&ending->has_failed) != 0 ? kAnyFailed : 0);
-  if (thread_index() == 0) arrive(self, half, ending);
+  if (num == 1) return kIsLast | (load(&ending->has_failed) != 0 ? kAnyFailed : 0);
+  if (thread_index() == 0) arrive(self, half, num, ending);
+  if (thread_index() == kWarp) turns.ask();
   sync_block();
   return load(&ending->met);
 }
@@ -273,7 +295,10 @@ MOEBIUS_DEVICE bool is_bookkeeper() { return thread_index() == num_threads() - 1
 // Last block, all threads: gives round `epoch` up and tells whoever may wait for it.
 MOEBIUS_COLD void lose(const Rank& self, Half half, uint64_t epoch) {
   const int slot = self.layout.slot_of(epoch);
-  const Fault& noted = self.state->failures[slot].fault;
+  const Failure& failure = self.state->failures[slot];
+  // By a block that may be in the other half, where a kernel does both; it is about to.
+  while (load_acquire_sys(&failure.noted) != epoch + 1) relax();
+  const Fault& noted = failure.fault;
   const int culprit = load(&noted.rank);
   uint64_t* combined = &control_of(self, self.rank)->combined[slot];
   const bool is_combined = load(combined) == epoch + 1;
@@ -362,9 +387,11 @@ MOEBIUS_DEVICE void arrive_received(const Rank& self,
                                     const Begun& begun,
                                     Half half,
                                     Ending* ending) {
-  arrive(self, half, ending);
+  arrive(self, half, num_blocks(), ending);
   if (load(&ending->met) == 0) return;
-  const bool is_lost = has_failed(self, begun.epoch) && !begun.is_lost;
+  // Given up in this half: not before, be it in this kernel.
+  const bool was_lost = load(&self.state->lost[begun.slot]) == begun.epoch + 1;
+  const bool is_lost = has_failed(self, begun.epoch) && !was_lost;
   store(&ending->met, kIsLast | (is_lost ? kAnyFailed : 0));
   clear_awaiting(self);
 }

@@ -5,12 +5,12 @@
 
 namespace moebius::cuda {
 
-// Which warp of how many: of the grid, or of one block.
+// Which warp of how many: of a half, or of one block.
 struct Share {
   int first, num_warps;
 
-  MOEBIUS_DEVICE static Share of_grid() {
-    return {warp_index() * num_blocks() + block_index(), kWarpsPerBlock * num_blocks()};
+  MOEBIUS_DEVICE static Share of(const Place& place) {
+    return {warp_index() * place.num + place.index, kWarpsPerBlock * place.num};
   }
   MOEBIUS_DEVICE static Share of_block() { return {warp_index(), kWarpsPerBlock}; }
 };

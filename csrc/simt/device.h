@@ -113,6 +113,9 @@ inline void add_relaxed_gpu(int64_t* p, int64_t n) {
     return static_cast<int64_t>(static_cast<uint64_t>(v) + static_cast<uint64_t>(n));
   });
 }
+inline uint32_t fetch_add_relaxed_gpu(uint32_t* p, uint32_t n) {
+  return update(p, simt::Order::kRelaxed, simt::Scope::kGpu, [&](uint32_t v) { return v + n; });
+}
 inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t n) {
   return update(p, simt::Order::kAcquire, simt::Scope::kGpu, [&](uint32_t v) { return v + n; });
 }

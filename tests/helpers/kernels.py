@@ -25,7 +25,7 @@ ALONE = {
     "MOEBIUS_DEVICE inline": "MOEBIUS_DEVICE inline __attribute__((always_inline))",
     "MOEBIUS_COLD inline": "MOEBIUS_COLD static inline",
 }
-KERNELS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+KERNELS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "dispatch", "combine")
 FLAGS = ("-std=c++17", "-g1", "-ffp-contract=off", "-pthread", "-DMOEBIUS_SIMT", "-Wno-unknown-pragmas")
 OPTIMISED = ("-O2",)
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -165,14 +165,17 @@ class SimtAllToAll(AllToAll):
             self._keeping.kept.clear()
 
     def dispatch(self, *tensors: Any, **options: Any) -> Dispatched:
-        return self.dispatch_send(*tensors, **options).receive()
+        self._keeping.kept.append((tensors, options))
+        return super().dispatch(*tensors, **options)
 
     def dispatch_send(self, *tensors: Any, **options: Any) -> PendingDispatch:
         self._keeping.kept.append((tensors, options))
         return super().dispatch_send(*tensors, **options)
 
     def combine(self, *tensors: Any, **options: Any) -> Tensor:
-        return self.combine_send(*tensors, **options).receive()
+        home = super().combine(*tensors, **options)
+        self._keeping.kept.append((tensors, options, home))
+        return home
 
     def combine_send(self, *tensors: Any, **options: Any) -> PendingCombine:
         pending = super().combine_send(*tensors, **options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from .mutant import Mutant
 
 REPLIES = "cuda/replies.cuh"
-SEND = "cuda/combine_send.cu"
-RECV = "cuda/combine_recv.cu"
+SEND = "cuda/combine_send.cuh"
+RECV = "cuda/combine_recv.cuh"
 SUM = "cuda/sum.cuh"
 RANK = "cuda/rank.cuh"
 WORK = "cuda/work.cuh"
@@ -25,7 +25,7 @@ MUTANTS = [
         "the signal overtakes the rows", "token-major",
     ),
     Mutant(
-        "cs-no-wait-for-previous", SEND,
+        "cs-no-wait-for-previous", "cuda/combine_send.cu",
         "  wait_for_previous_kernel();\n", "",
         "rows are sent before the experts have written them", "plain",
     ),
@@ -71,7 +71,7 @@ MUTANTS = [
         "rows are summed by threads that know of no signal", "plain",
     ),
     Mutant(
-        "cr-no-wait-for-previous", RECV,
+        "cr-no-wait-for-previous", "cuda/combine_recv.cu",
         "  wait_for_previous_kernel();\n", "",
         "the handle and the rows to come are read too early", "plain",
     ),

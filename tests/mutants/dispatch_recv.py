@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
-RECV = "cuda/dispatch_recv.cu"
+RECV = "cuda/dispatch_recv.cuh"
 EXPERTS = "cuda/experts.cuh"
 CELLS = "cuda/cells.cuh"
 SCALES = "cuda/scales.cuh"
@@ -45,8 +45,8 @@ MUTANTS = [
         "plain",
         also=(
             (
-                "  const int step = Share::of_grid().num_warps * kWarp;\n",
-                "  fence_proxy_async();\n  const int step = Share::of_grid().num_warps * kWarp;\n",
+                "  const int step = Share::of(Place::of_block()).num_warps * kWarp;\n",
+                "  fence_proxy_async();\n  const int step = Share::of(Place::of_block()).num_warps * kWarp;\n",
             ),
         ),
     ),
@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         "dr-no-wait-for-previous",
-        RECV,
+        "cuda/dispatch_recv.cu",
         "  wait_for_previous_kernel();\n",
         "",
         "the handle is read before dispatch send has written it",
@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         "dr-arrives-before-the-choices",
         RECV,
-        "  const int step = Share::of_grid().num_warps * kWarp;\n",
-        MEET + "  const int step = Share::of_grid().num_warps * kWarp;\n",
+        "  const int step = Share::of(Place::of_block()).num_warps * kWarp;\n",
+        MEET + "  const int step = Share::of(Place::of_block()).num_warps * kWarp;\n",
         "the last block does not know which cell another could not read",
         "bad-cell",
         also=((ARRIVE_EXPERT_MAJOR, NO_ARRIVAL),),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
-SEND = "cuda/dispatch_send.cu"
+SEND = "cuda/dispatch_send.cuh"
 DESTINATIONS = "cuda/destinations.cuh"
 
 MUTANTS = [
@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "ds-combined-of-slot-0",
         SEND,
-        "take_slot(self, epoch, slot, shfl(combined, slot), shared);",
-        "take_slot(self, epoch, slot, shfl(combined, 0), shared);",
+        "take_slot(self, epoch, slot, shfl(opening.combined, slot), shared);",
+        "take_slot(self, epoch, slot, shfl(opening.combined, 0), shared);",
         "a round is taken for one that was never combined",
         "interleaved",
     ),
@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "ds-no-bulk-wait",
         SEND,
-        "  bulk_wait_all();\n  if (!is_ready) let_next_kernel_start();\n  const uint32_t met",
-        "  if (!is_ready) let_next_kernel_start();\n  const uint32_t met",
+        "  bulk_wait_all();\n  if (kIsAlone && !is_ready) let_next_kernel_start();\n  const uint32_t met",
+        "  if (kIsAlone && !is_ready) let_next_kernel_start();\n  const uint32_t met",
         "the signal overtakes the cells",
         "plain",
     ),
@@ -223,7 +223,7 @@ MUTANTS = [
     ),
     Mutant(
         "ds-no-wait-for-previous",
-        SEND,
+        "cuda/dispatch_send.cu",
         "  wait_for_previous_kernel();\n",
         "",
         "the round is begun before the kernel ahead has ended",
@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "ds-no-barrier-before-count",
         SEND,
-        "  sync_block();\n  // From here on this kernel",
-        "  // From here on this kernel",
+        "  sync_block();\n  // From here on this part",
+        "  // From here on this part",
         "tokens are counted that are not listed yet",
         "plain",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
-SEND = "cuda/dispatch_send.cu"
+SEND = "cuda/dispatch_send.cuh"
 DESTINATIONS = "cuda/destinations.cuh"
 EXPERTS = "cuda/experts.cuh"
 
@@ -69,15 +69,15 @@ MUTANTS = [
     Mutant(
         "ds-counts-after-the-signal",
         SEND,
-        "  if (s.has_positions && is_ours) send_counts(self, slot, shared);\n",
+        "  if (s.has_positions && is_ours) send_counts(self, slot, place, shared);\n",
         "",
         "counts come after the signal that announces them",
         "plain",
         also=(
             (
-                "  if (met != 0) announce(p, epoch, slot, (met & kAnyFailed) != 0, shared);\n",
+                "  if (met == 0) return;\n  announce(p, epoch, slot, (met & kAnyFailed) != 0, shared);\n",
                 "  if (met != 0) announce(p, epoch, slot, (met & kAnyFailed) != 0, shared);\n"
-                "  if (s.has_positions && is_ours) send_counts(self, slot, shared);\n",
+                "  if (s.has_positions && is_ours) send_counts(self, slot, place, shared);\n  if (met == 0) return;\n",
             ),
         ),
     ),

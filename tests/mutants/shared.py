@@ -67,13 +67,13 @@ MUTANTS = [
     ),
     Mutant(
         "done-before-the-block", RANK,
-        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() == 1) sync_block();\n"
-        "  if (num_blocks() == 1) return",
+        "  sync_block();\n  if (num == 1) return", "  if (num == 1) sync_block();\n"
+        "  if (num == 1) return",
         "a block is counted before its threads are done", "plain", ("dispatch_send",),
     ),
     Mutant(
         "done-with-the-first-block", RANK,
-        "== static_cast<uint32_t>(num_blocks());", "== 1u;",
+        "== static_cast<uint32_t>(num);", "== 1u;",
         "the signal is sent by the first block to be done", "plain", ("dispatch_send",),
     ),
     Mutant(
@@ -98,14 +98,14 @@ MUTANTS = [
     ),
     Mutant(
         "done-one-block-no-barrier", RANK,
-        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() != 1) sync_block();\n"
-        "  if (num_blocks() == 1) return",
+        "  sync_block();\n  if (num == 1) return", "  if (num != 1) sync_block();\n"
+        "  if (num == 1) return",
         "the only block signals before its threads are done", "plain", ("dispatch_send",),
     ),
     Mutant(
         "done-one-block-no-barrier-combine", RANK,
-        "  sync_block();\n  if (num_blocks() == 1) return", "  if (num_blocks() != 1) sync_block();\n"
-        "  if (num_blocks() == 1) return",
+        "  sync_block();\n  if (num == 1) return", "  if (num != 1) sync_block();\n"
+        "  if (num == 1) return",
         "the only block signals before its threads are done", "plain", ("combine_send",),
     ),
     Mutant(
@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     Mutant(
         "done-no-barrier-before-met", RANK,
-        "arrive(self, half, ending);\n  sync_block();\n", "arrive(self, half, ending);\n",
+        "turns.ask();\n  sync_block();\n", "turns.ask();\n",
         "threads of the last block do not know that it is", "plain", ("dispatch_send",),
     ),
     Mutant(
@@ -255,7 +255,7 @@ MUTANTS = [
     ),
     Mutant(
         "received-lost-not-told", RANK,
-        "  const bool is_lost = has_failed(self, begun.epoch) && !begun.is_lost;\n",
+        "  const bool is_lost = has_failed(self, begun.epoch) && !was_lost;\n",
         "  const bool is_lost = false;\n",
         "nobody acts on a round that the receive half has lost", "stopped",
     ),

@@ -7,18 +7,19 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.helpers import kernels
 
-from . import combine, dispatch_recv, dispatch_send, rows, shared
+from . import combine, dispatch_recv, dispatch_send, joined, rows, shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .mutant import Mutant
 
-FILES = (dispatch_send, dispatch_recv, rows, combine, shared)
+FILES = (dispatch_send, dispatch_recv, rows, combine, shared, joined)
 MUTANTS: list[Mutant] = [mutant for file in FILES for mutant in file.MUTANTS]
 FIRST_SEED = 1
 
@@ -60,7 +61,10 @@ def changed(mutant: Mutant, text: str) -> str:
 def judge(built: kernels.Built, mutant: Mutant) -> Verdict:
     """Build one and run it, until it is caught."""
     start = time.monotonic()
-    program = built.with_changed(mutant.file, changed(mutant, built.texts[mutant.file]), mutant.kernels)
+    # What a half does, in the kernel that does it alone; what is meant for another one names it.
+    half = Path(mutant.file).stem
+    planted = mutant.kernels or ((half,) if half in kernels.KERNELS else ())
+    program = built.with_changed(mutant.file, changed(mutant, built.texts[mutant.file]), planted)
     is_right, said = kernels.run(program, mutant.case, FIRST_SEED, mutant.num_seeds, timeout_s=60)
     program.unlink()
     assert "no case " not in said, f"{mutant.name}: {said}"

@@ -18,6 +18,8 @@ REGISTERS = {
     "dispatch_recv_kernel": 116,
     "combine_send_kernel": 128,
     "combine_recv_kernel": 128,
+    "dispatch_kernel": 124,
+    "combine_kernel": 128,
 }
 FILES = tuple(name.removesuffix("_kernel") for name in REGISTERS)
 HOPPER_ON = HOPPER
@@ -26,6 +28,9 @@ QUANTISES = "dispatch_send_kernelILNS_8EncodingE1E"
 COPIES = "dispatch_send_kernelILNS_8EncodingE0E"
 MOVES_ROWS = "combine_send_kernelILb1E"  # rows go home as they are
 SUMS_ROWS = "combine_send_kernelILb0E"
+BOTH_QUANTISES = "dispatch_kernelILNS_8EncodingE1E"
+BOTH_COPIES = "dispatch_kernelILNS_8EncodingE0E"
+BOTH_MOVES_ROWS = "combine_kernelILb1E"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +112,26 @@ RULES = (
     Rule("combine_recv", "writes 16 bytes a store", has(STORE_16)),
     Rule("combine_recv", "sums without a fused multiply-add", lacks(r"FFMA\b")),
     Rule("combine_recv", "no FP8", lacks(r"F2FP\S*E4M3")),
+    # Both halves in one kernel: what is meant of each, as far as it can be told apart.
+    Rule("dispatch_kernel", "signals by a release at system scope", Kernel.has_release_sys),
+    Rule("dispatch_kernel", "waits by an acquire at system scope", Kernel.has_acquire_sys),
+    Rule("dispatch_kernel", "reads x 16 bytes a load, past the first cache", has(STREAM_LOAD)),
+    Rule("dispatch_kernel", "fetches received rows by bulk copies", has(BULK_LOAD), HOPPER_ON),
+    Rule("dispatch_kernel", "sends by bulk copies", has(BULK_STORE), HOPPER_ON),
+    Rule("dispatch_kernel", "fences what peers wrote", Kernel.has_wide_proxy_fence, HOPPER_ON),
+    Rule("dispatch_kernel", "sends 16 bytes a store", has(STORE_16), ("80",)),
+    Rule(BOTH_QUANTISES, "converts to FP8 two numbers an instruction", has(TO_E4M3), HOPPER_ON),
+    Rule(BOTH_COPIES, "converts nothing", lacks(r"F2FP\S*E4M3")),
+    Rule("combine_kernel", "signals by a release at system scope", Kernel.has_release_sys),
+    Rule("combine_kernel", "waits by an acquire at system scope", Kernel.has_acquire_sys),
+    Rule("combine_kernel", "reads 16 bytes a load", has(LOAD_16)),
+    Rule("combine_kernel", "reads rows that leave the second cache first", Kernel.has_evict_first),
+    Rule("combine_kernel", "reads no row into the first cache", lacks(KEPT_LOAD_16), HOPPER_ON),
+    Rule("combine_kernel", "writes 16 bytes a store", has(STORE_16)),
+    Rule("combine_kernel", "sums without a fused multiply-add", lacks(r"FFMA\b")),
+    Rule("combine_kernel", "no FP8", lacks(r"F2FP\S*E4M3")),
+    Rule(BOTH_MOVES_ROWS, "fetches rows by bulk copies", has(BULK_LOAD), HOPPER_ON),
+    Rule(BOTH_MOVES_ROWS, "sends rows by bulk copies", has(BULK_STORE), HOPPER_ON),
 )
 
 

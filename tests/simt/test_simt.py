@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/simt"
 EXECUTOR = sorted((ROOT / "csrc/simt").glob("*.cpp"))
-ENGINE = [ROOT / "csrc/cuda/engine.cpp", *sorted((ROOT / "csrc/cuda").glob("*_send.cu"))]
-ENGINE += sorted((ROOT / "csrc/cuda").glob("*_recv.cu"))
+ENGINE = [ROOT / "csrc/cuda/engine.cpp", *(ROOT / f"csrc/cuda/{kernel}.cu" for kernel in kernels.KERNELS)]
 FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", "-pthread", "-DMOEBIUS_SIMT", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 OPTIONS = {
     "O2": ["-O2"],

@@ -47,6 +47,16 @@ class Seats:
         replies = [self.reply(rank, number, received[rank]) for rank in everyone]
         return received, [pending.receive() for pending in replies]
 
+    def dispatch(self, rank: int, number: int) -> Dispatched:
+        """Both halves in one call."""
+        return self.ranks[rank].dispatch(**dispatch_arguments(self.case.config(), self.expected[number].inputs[rank]))
+
+    def combine(self, rank: int, number: int, recv: Dispatched) -> Tensor:
+        """Both halves in one call."""
+        round_ = self.expected[number]
+        late = round_.inputs[rank].topk_weights if self.case.mode == "expert-late" else None
+        return self.ranks[rank].combine(round_.expert_out[rank], recv, late)
+
     def wait(self) -> None:
         for a2a in self.ranks:
             a2a.synchronize()

@@ -99,6 +99,20 @@ const std::vector<Case>& all_cases() {
     {"bad-cell-token", O::kBadCell, 3, 6, 3, 6, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kTokenMajor, 2},
     {"stale", O::kStale, 2, 4, 2, 4, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kExpertMajor, 6},
     {"stale-token", O::kStale, 2, 4, 2, 4, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kTokenMajor, 6},
+    {"joined", O::kPlain, 3, 6, 3, 6, 2, P::kRows, kBf16, kBf16, kPlainScale, 256, kDispatch, kExpertMajor, 4, true},
+    {"joined-interleaved", O::kInterleaved, 3, 6, 2, 5, 2, P::kRows, kBf16, kBf16, kPlainScale, 128, kDispatch, kExpertMajor, 6, true},
+    {"joined-rows", O::kPlain, 3, 6, 3, 5, 2, P::kRows, kBf16, kBf16, kPlainScale, 576, kCombine, kExpertMajor, 5, true},
+    {"joined-token", O::kPlain, 2, 4, 2, 5, 2, P::kRows, kFp32, kFp32, kPlainScale, 576, kDispatch, kTokenMajor, 4, true},
+    {"joined-fp8", O::kPlain, 2, 4, 2, 4, 2, P::kQuantised, kBf16, kBf16, kPlainScale, 2176, kDispatch, kExpertMajor, 3, true},
+    {"joined-one-rank", O::kPlain, 1, 4, 8, 12, 2, P::kRows, kFp16, kFp16, kPlainScale, 128, kDispatch, kExpertMajor, 6, true},
+    {"joined-chunks", O::kPlain, 2, 16, 3, 40, 2, P::kRows, kBf16, kBf16, kPlainScale, 16, kDispatch, kExpertMajor, 4, true},
+    {"joined-dispatch-only", O::kDispatchOnly, 3, 6, 2, 5, 2, P::kRows, kBf16, kBf16, kPlainScale, 128, kDispatch, kExpertMajor, 8, true},
+    {"joined-captured", O::kCaptured, 2, 4, 2, 4, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kExpertMajor, 8, true},
+    {"joined-stopped", O::kStopped, 3, 6, 2, 3, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kExpertMajor, 10, true},
+    {"joined-stopped-token", O::kStopped, 4, 8, 2, 3, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kTokenMajor, 10, true},
+    {"joined-late", O::kLate, 3, 6, 2, 3, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kExpertMajor, 10, true},
+    {"joined-late-rows", O::kLate, 3, 6, 2, 3, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kCombine, kExpertMajor, 10, true},
+    {"joined-bad-ids", O::kBadIds, 2, 4, 4, 8, 2, P::kRows, kBf16, kBf16, kPlainScale, 64, kDispatch, kExpertMajor, 4, true},
   };
   // clang-format on
   return cases;

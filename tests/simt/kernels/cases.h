@@ -42,6 +42,7 @@ struct Case {
   bool has_weights;  // at dispatch
   bool is_token_major;
   int num_rounds;
+  bool is_joined = false;  // halves that follow one another are one kernel, on some of the ranks
 
   int num_local_experts() const { return num_experts / num_ranks; }
   bool is_left_by_one() const { return order == Order::kStopped || order == Order::kLate; }

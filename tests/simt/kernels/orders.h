@@ -14,8 +14,10 @@ enum class Step {
   kExperts,
   kCombineSend,
   kCombineRecv,
-  kReplay,  // of a whole round
-  kStale,   // halves of round `round`, whose slot was taken
+  kReplay,    // of a whole round
+  kStale,     // halves of round `round`, whose slot was taken
+  kDispatch,  // both halves, in the place of the first; no plan has these two
+  kCombine,
 };
 
 struct Action {

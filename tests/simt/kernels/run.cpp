@@ -142,13 +142,25 @@ void Run::launch_stale(int round, int rank) {
   if ((num_stale_halves_ & 4) != 0) seat(rank).launch(Step::kCombineRecv, memory);
 }
 
-void Run::launch(const Action& action, int rank) {
+void Run::launch(size_t i, int rank) {
+  const Action& action = plan_.actions[i];
   if (action.step == Step::kReplay) return seat(rank).replay();
   if (action.step == Step::kStale) return launch_stale(action.round, rank);
-  seat(rank).launch(action.step,
+  if (i > 0 && joins(i - 1, rank)) return;
+  Step step = action.step;
+  if (joins(i, rank)) step = step == Step::kDispatchSend ? Step::kDispatch : Step::kCombine;
+  seat(rank).launch(step,
                     {buffers(action.round, rank),
                      handle(action.round, rank),
                      input(action.round, rank).num_tokens});
+}
+
+bool Run::joins(size_t i, int rank) const {
+  if (!case_.is_joined || i + 1 >= plan_.actions.size()) return false;
+  const Action &now = plan_.actions[i], &next = plan_.actions[i + 1];
+  const bool is_send = now.step == Step::kDispatchSend || now.step == Step::kCombineSend;
+  if (!is_send || next.round != now.round) return false;
+  return !Random(seed_ + 131 * i + 17 * static_cast<size_t>(rank)).one_in(4);
 }
 
 // Writes into a cell of the last round, or the counts before it, what no rank would: an expert, a
@@ -215,7 +227,7 @@ void Run::launch_all() {
       if (delayed[static_cast<size_t>(r)] == i) {
         seat(r).delay(kShortTimeoutNs / 100 * (1 + random_.below(most_delay)));
       }
-      launch(action, r);
+      launch(static_cast<size_t>(i), r);
     }
     if (has_pauses && random_.one_in(5)) simt::World::process().run_until_idle();
   }

@@ -28,7 +28,9 @@ class Run {
   void make_rounds();
   void expect();  // asks the reference
   void launch_all();
-  void launch(const Action& action, int rank);
+  void launch(size_t i, int rank);  // action `i`
+  // Whether the rank launches action `i` and the one after it as one kernel.
+  bool joins(size_t i, int rank) const;
   void spoil();
   void launch_stale(int round, int rank);
 

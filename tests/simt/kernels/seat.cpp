@@ -113,22 +113,31 @@ void Seat::call(const Call& call) {
 }
 
 void Seat::launch(Step step, const RoundMemory& memory) {
+  DispatchSendParams send = sent(memory);
+  DispatchRecvParams receive = received(memory);
+  CombineSendParams reply = replied(memory);
+  CombineRecvParams add = combined(memory);
+  const uint64_t capture = capture_id(stream_);
   switch (step) {
     case Step::kDispatchSend:
-      return dispatch_send(memory);
+      return call([&] { return engine_.dispatch_send(stream_, capture, send); });
     case Step::kDispatchRecv:
-      return dispatch_recv(memory);
+      return call([&] { return engine_.dispatch_recv(stream_, capture, receive); });
+    case Step::kDispatch:
+      return call([&] { return engine_.dispatch(stream_, capture, send, receive); });
     case Step::kExperts:
       return cuda::launch(
           experts_kernel, kTwoBlocks, experts_of(case_, layout_, rank_, memory.buffers), stream_);
     case Step::kCombineSend:
-      return combine_send(memory);
+      return call([&] { return engine_.combine_send(stream_, capture, reply); });
+    case Step::kCombine:
+      return call([&] { return engine_.combine(stream_, capture, reply, add); });
     default:
-      return combine_recv(memory);
+      return call([&] { return engine_.combine_recv(stream_, capture, add); });
   }
 }
 
-void Seat::dispatch_send(const RoundMemory& memory) {
+DispatchSendParams Seat::sent(const RoundMemory& memory) const {
   std::byte* const b = memory.buffers;
   DispatchSendParams p{};
   p.handle = memory.handle;
@@ -144,10 +153,10 @@ void Seat::dispatch_send(const RoundMemory& memory) {
   p.num_tokens = memory.num_tokens;
   p.num_valid_tokens = layout_.at<std::byte>(b, kValid);
   p.has_int64_valid = flavour_.has_int64_valid;
-  call([&] { return engine_.dispatch_send(stream_, capture_id(stream_), p); });
+  return p;
 }
 
-void Seat::dispatch_recv(const RoundMemory& memory) {
+DispatchRecvParams Seat::received(const RoundMemory& memory) const {
   std::byte* const b = memory.buffers;
   DispatchRecvParams p{};
   p.handle = memory.handle;
@@ -164,19 +173,19 @@ void Seat::dispatch_recv(const RoundMemory& memory) {
   p.expert_stats = flavour_.has_stats ? expert_stats() : nullptr;
   p.has_int64_stats = flavour_.has_int64_stats;
   p.wait_stats = flavour_.has_wait_stats ? wait_stats() : nullptr;
-  call([&] { return engine_.dispatch_recv(stream_, capture_id(stream_), p); });
+  return p;
 }
 
-void Seat::combine_send(const RoundMemory& memory) {
+CombineSendParams Seat::replied(const RoundMemory& memory) const {
   CombineSendParams p{};
   p.handle = memory.handle;
   p.expert_out = layout_.at<std::byte>(memory.buffers, kExpertOut);
   p.expert_stride = case_.num_cells() * case_.reply_bytes();
   p.row_stride = case_.reply_bytes();
-  call([&] { return engine_.combine_send(stream_, capture_id(stream_), p); });
+  return p;
 }
 
-void Seat::combine_recv(const RoundMemory& memory) {
+CombineRecvParams Seat::combined(const RoundMemory& memory) const {
   CombineRecvParams p{};
   p.handle = memory.handle;
   p.out = layout_.at<std::byte>(memory.buffers, kOut);
@@ -184,7 +193,7 @@ void Seat::combine_recv(const RoundMemory& memory) {
   p.num_tokens = memory.num_tokens;
   p.topk_weights = case_.has_weights ? nullptr : layout_.at<float>(memory.buffers, kWeights);
   p.wait_stats = flavour_.has_wait_stats ? wait_stats() : nullptr;
-  call([&] { return engine_.combine_recv(stream_, capture_id(stream_), p); });
+  return p;
 }
 
 void Seat::delay(int64_t ns) { cuda::launch(delay_kernel, kOneBlock, DelayParams{ns}, stream_); }
@@ -201,13 +210,13 @@ void Seat::capture(const std::vector<std::byte*>& rounds) {
                             layout_.total()};
   simt::World::process().begin_capture(stream_);
   cuda::launch(feed_kernel, kOneBlock, replay, stream_);
-  for (const Step step : {Step::kDispatchSend,
-                          Step::kDispatchRecv,
-                          Step::kExperts,
-                          Step::kCombineSend,
-                          Step::kCombineRecv}) {
-    launch(step, memory);
-  }
+  const std::vector<Step> halves = {Step::kDispatchSend,
+                                    Step::kDispatchRecv,
+                                    Step::kExperts,
+                                    Step::kCombineSend,
+                                    Step::kCombineRecv};
+  const std::vector<Step> joined = {Step::kDispatch, Step::kExperts, Step::kCombine};
+  for (const Step step : case_.is_joined ? joined : halves) launch(step, memory);
   cuda::launch(collect_kernel, kOneBlock, replay, stream_);
   graph_ = simt::World::process().end_capture(stream_);
 }

@@ -50,10 +50,11 @@ class Seat {
  private:
   template <class Call>
   void call(const Call& call);
-  void dispatch_send(const RoundMemory& memory);
-  void dispatch_recv(const RoundMemory& memory);
-  void combine_send(const RoundMemory& memory);
-  void combine_recv(const RoundMemory& memory);
+  // What the halves of a round are told.
+  cuda::DispatchSendParams sent(const RoundMemory& memory) const;
+  cuda::DispatchRecvParams received(const RoundMemory& memory) const;
+  cuda::CombineSendParams replied(const RoundMemory& memory) const;
+  cuda::CombineRecvParams combined(const RoundMemory& memory) const;
   int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(stats_.data()); }
   std::byte* expert_stats() const { return stats_.data() + 8 * case_.num_ranks; }
 
