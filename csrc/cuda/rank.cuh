@@ -218,14 +218,17 @@ MOEBIUS_DEVICE int64_t await_count(const Rank& self,
                                    uint64_t epoch,
                                    uint64_t word,
                                    int64_t* wait_stats) {
-  const uint64_t start = wait_stats != nullptr ? now_ns() : 0;
-  if (!signal_arrived(word, epoch)) word = spin(self, src, kind, epoch, epoch);
-  const bool is_here = signal_arrived(word, epoch);
-  const uint64_t waited_ns = wait_stats != nullptr ? now_ns() - start : 0;
-  if (wait_stats != nullptr && block_index() == 0) {
-    store(wait_stats + src, load(wait_stats + src) + static_cast<int64_t>(waited_ns));
+  uint64_t waited_ns = 0;
+  if (!signal_arrived(word, epoch)) {
+    const uint64_t start = now_ns();
+    word = spin(self, src, kind, epoch, epoch);
+    waited_ns = now_ns() - start;
+    // A rank does not wait for itself, though a block may for the others of its kernel.
+    if (wait_stats != nullptr && block_index() == 0 && src != self.rank) {
+      store(wait_stats + src, load(wait_stats + src) + static_cast<int64_t>(waited_ns));
+    }
+    if (!signal_arrived(word, epoch)) return -1;
   }
-  if (!is_here) return -1;
   const int64_t value = signal_value(word);
   const bool is_abort = signal_is_abort(word);
   const int64_t limit =
