@@ -188,8 +188,13 @@ class Halves:
         self._lost_combines.remove(number)
 
     def _keep(self, number: int) -> None:
-        if number in self.live:
-            self.kept[number] = copied(self.live[number])
+        if number not in self.live:
+            return
+        if self._a2a.device.type == "cuda":
+            # A copy to the host that waits behind a kernel of ours holds up those of other threads, for whose ranks
+            # the kernel may wait.
+            self._a2a.synchronize()
+        self.kept[number] = copied(self.live[number])
 
     def late_weights(self, number: int) -> Tensor | None:
         weights = self._rounds[number].inputs.topk_weights
