@@ -15,7 +15,17 @@ from moebius.bench.timing import quiet_gc
 from moebius.bench.workload import count_rows, route
 from moebius.errors import PeerTimeoutError
 
-from .schedules import BY_HALF, BY_OP, CHAINED, CHAINED_DISPATCH, LOCKSTEP, Schedule, eager_samples, graph_samples
+from .schedules import (
+    BLOCKING,
+    BY_HALF,
+    BY_OP,
+    CHAINED,
+    CHAINED_DISPATCH,
+    LOCKSTEP,
+    Schedule,
+    eager_samples,
+    graph_samples,
+)
 from .suites import Counts, Point, counts
 from .torch_exchange import TorchExchange
 from .traffic import half_bytes
@@ -122,8 +132,10 @@ class Bench:
         are_resident = found.sms * lanes <= device.num_sms and self._hung < MOST_HUNG
         schedules = schedules_of(point, are_resident)
         if not device.is_cuda:  # whose calls wait, so that one lane cannot begin the dispatch that another waits for
-            schedules = tuple(one for one in schedules if one is not CHAINED_DISPATCH)
+            schedules = tuple(one for one in schedules if one not in (CHAINED_DISPATCH, BLOCKING))
         for mode, schedule in itertools.product(point.modes, schedules):
+            if schedule is BLOCKING and mode == "graph":
+                continue  # there it is CHAINED
             job = functools.partial(self._ours, point, found, mode, schedule, many)
             if not attempt(f"{mode} {schedule.name}", job) and schedule is CHAINED and LOCKSTEP not in schedules:
                 attempt(f"{mode} lockstep", functools.partial(self._ours, point, found, mode, LOCKSTEP, many))
@@ -180,22 +192,19 @@ class Bench:
         return sorted(found)[len(found) // 2]
 
     def host_us(self, point: Point) -> dict[str, list[float]]:
-        """Host time of the calls of a round, half by half, while the device is busy. For a point of one rank."""
+        """Host time of the calls of a round, see `World.host_times`, while the device is busy. Of one rank."""
         device, found = self._device, dict[str, list[float]]()
         with self.world(point) as world, quiet_gc(), device.main():
             for repeat in range(HOST_REPEATS + 1):
                 device.synchronize()
                 device.gate(TIMEOUT_S / 100)
-                instants = [world.host_times() for _ in range(HOST_ROUNDS)]
+                times = [world.host_times() for _ in range(HOST_ROUNDS)]
                 device.synchronize()
-                for row in instants if repeat else ():
-                    for name, begin, end in zip(HOST_PARTS, (*row[:-1], row[0]), (*row[1:], row[-1]), strict=True):
-                        found.setdefault(name, []).append((end - begin) / 1e3)
+                for one in times if repeat else ():
+                    for name, spent in one.items():
+                        found.setdefault(name, []).append(spent)
             world.settle()
         return found
-
-
-HOST_PARTS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "round")
 
 
 def schedules_of(point: Point, are_resident: bool) -> tuple[Schedule, ...]:
@@ -209,7 +218,7 @@ def schedules_of(point: Point, are_resident: bool) -> tuple[Schedule, ...]:
         return LOCKSTEP, BY_HALF
     if point.section == "sms":
         return CHAINED, LOCKSTEP, BY_HALF
-    return CHAINED, CHAINED_DISPATCH, BY_OP, BY_HALF
+    return CHAINED, CHAINED_DISPATCH, BLOCKING, BY_OP, BY_HALF
 
 
 class _Nothing:

@@ -7,6 +7,7 @@ combined is closed by the next but one, which waits for all ranks inside its sen
   GPUs of their own would. The time of a round is that of the whole over the number of rounds, fork and join included.
 - `CHAINED_DISPATCH`: the same with dispatches that nobody combines. Each then waits, inside its send, until all ranks
   have begun the one `depth` later, so this is dispatch and a barrier: never less than dispatch alone.
+- `BLOCKING`: as `CHAINED`, in the two calls that are both halves at once; eager, for in a graph it is the same.
 - `BY_OP`: all ranks dispatch from a common start to a join, then all combine. A stamp at each join. What is
   between two stamps is an operation, and one fork and join (`frame`, measured alone beside it).
 - `BY_HALF`: a join after each half. Every receive then finds all that it waits for, so this is the cost of the
@@ -39,7 +40,7 @@ class Exchange(Protocol):
     """Something whose rounds have four halves on every lane."""
 
     def step(self, lane: int, half: str, number: int) -> None:
-        """Enqueue a half of round `number` on the current stream."""
+        """Enqueue a half of round `number`, of ours also "dispatch" or "combine", on the current stream."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Schedule:
 
 CHAINED = Schedule("chained", (("", HALVES),), is_chained=True)
 CHAINED_DISPATCH = Schedule("chained", (("", OPS["dispatch"]),), is_chained=True, whole="dispatch")
+BLOCKING = Schedule("blocking", (("", tuple(OPS)),), is_chained=True)
 LOCKSTEP = Schedule("lockstep", tuple(("", (half,)) for half in HALVES))
 BY_OP = Schedule("by_op", tuple(OPS.items()))
 BY_HALF = Schedule("by_half", tuple((half, (half,)) for half in HALVES))

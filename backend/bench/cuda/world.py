@@ -116,13 +116,24 @@ class World:
         elif half == "combine_send":
             received = self._open[lane]
             self._open[lane] = self.ranks[lane].combine_send(self.expert_out[lane], received, out=self._combined[lane])
+        elif half == "dispatch":
+            index = number % len(self.inputs[lane])
+            self._open[lane] = self.ranks[lane].dispatch(
+                self.inputs[lane][index], *self.routes[lane][index], **self._out[lane]
+            )
+        elif half == "combine":
+            received = self._open[lane]
+            self._open[lane] = self.ranks[lane].combine(self.expert_out[lane], received, out=self._combined[lane])
         else:
             self._open[lane] = self._open[lane].receive()
 
-    def host_times(self) -> tuple[int, int, int, int, int]:
-        """Host instants of a round of lane 0, called without options: before each half, and after the last.
+    def host_times(self) -> dict[str, float]:
+        """Microseconds of the host in calls of lane 0, without options: a round in halves, then one in two calls.
 
         For a world of one rank: others' sends would come after this one's receive.
+
+        Returns:
+            each half and all of them ("halves"), "dispatch", "combine" and these two together ("round").
         """
         a2a, x, (ids, weights) = self.ranks[0], self.inputs[0][0], self.routes[0][0]
         expert_out = self.expert_out[0]
@@ -134,7 +145,22 @@ class World:
         returning = a2a.combine_send(expert_out, received)
         replied = perf_counter_ns()
         returning.receive()
-        return begin, sent, arrived, replied, perf_counter_ns()
+        home = perf_counter_ns()
+        received = a2a.dispatch(x, ids, weights)
+        dispatched = perf_counter_ns()
+        a2a.combine(expert_out, received)
+        combined = perf_counter_ns()
+        spans = {
+            "dispatch_send": sent - begin,
+            "dispatch_recv": arrived - sent,
+            "combine_send": replied - arrived,
+            "combine_recv": home - replied,
+            "halves": home - begin,
+            "dispatch": dispatched - home,
+            "combine": combined - dispatched,
+            "round": combined - home,
+        }
+        return {name: span / 1e3 for name, span in spans.items()}
 
     def check(self) -> None:
         """One round with experts that return their tokens, compared on the device; then random rows again.
