@@ -14,12 +14,12 @@ MUTANTS = [
     Mutant(
         "turns-one-too-many", TURNS,
         "taken < num ? taken : -1", "taken <= num ? taken : -1",
-        "a part is done that there is not", "joined", BOTH,
+        "a part is done that there is not", "joined", ("combine",),
     ),
     Mutant(
         "turns-last-left-out", TURNS,
         "taken < num ? taken : -1", "taken + 1 < num ? taken : -1",
-        "the last part is nobody's", "joined", BOTH,
+        "the last part is nobody's", "joined", ("combine",),
     ),
     Mutant(
         "turns-not-set-back", TURNS,
@@ -32,20 +32,14 @@ MUTANTS = [
         "the next round finds no part left", "joined", ("combine",),
     ),
     Mutant(
-        "turns-by-block", TURNS,
-        "const auto taken = static_cast<int>(fetch_add_relaxed_gpu(num_taken(), 1));",
-        "const int taken = block_index();",
-        "a block does its part over and over", "joined", BOTH,
-    ),
-    Mutant(
         "turns-no-barrier-before-the-first", TURNS,
         "    if (thread_index() == 0) ask();\n    sync_block();\n", "    if (thread_index() == 0) ask();\n",
-        "a block begins with what its memory holds", "joined", BOTH,
+        "a block begins with what its memory holds", "joined", ("combine",),
     ),
     Mutant(
         "turns-only-the-first", TURNS,
         "return num == 1 ? -1 : load(turn);", "return -1;",
-        "parts that no block came for are not sent", "joined", BOTH,
+        "parts that no block came for are not sent", "joined", ("combine",),
     ),
     Mutant(
         "joined-lists-not-cleared", DISPATCH,
@@ -73,17 +67,12 @@ MUTANTS = [
         "joined-epoch-early", DISPATCH,
         "  receive(l.recv, begun, receiving);\n",
         "  if (is_bookkeeper()) close_sending(self, opening.epoch);\n  receive(l.recv, begun, receiving);\n",
-        "blocks that begin late send another round", "joined",
+        "blocks that begin late send another round", "joined", timeout_s=15,
     ),
     Mutant(
         "joined-closed-by-all", DISPATCH,
         "  if (load(&receiving.ending->met) == 0 || !is_bookkeeper()) return;\n", "  if (!is_bookkeeper()) return;\n",
         "parts are dealt out anew before all blocks have asked", "joined",
-    ),
-    Mutant(
-        "joined-closed-with-the-sending", "cuda/dispatch_send.cuh",
-        "if (kIsAlone && is_bookkeeper()) close_sending", "if (is_bookkeeper()) close_sending",
-        "blocks that begin late send another round", "joined", ("dispatch",),
     ),
     Mutant(
         "joined-combine-starts-over", COMBINE,
@@ -97,15 +86,10 @@ MUTANTS = [
         "parts are dealt out anew before all blocks have asked", "joined",
     ),
     Mutant(
-        "joined-no-barrier-after-the-replies", "cuda/turns.cuh",
+        "turns-asked-for-twice", TURNS,
         "  MOEBIUS_DEVICE int next() const { return num == 1 ? -1 : load(turn); }",
         "  MOEBIUS_DEVICE int next() const { return first(); }",
-        "a block leaves a part out that it has asked for", "joined", BOTH,
-    ),
-    Mutant(
-        "joined-not-asked-again", RANK,
-        "  if (thread_index() == kWarp) turns.ask();\n", "",
-        "a block does its first part over and over", "joined", BOTH,
+        "a block leaves a part out that it has asked for", "joined", ("combine",),
     ),
     Mutant(
         "joined-deadline-while-unsent", RANK,

@@ -16,9 +16,10 @@ class Mutant:
         replacement: what stands there instead.
         breaks: what goes wrong.
         case: of tests/simt/kernels, in which it shows.
-        kernels: it is planted in; all that include the file, if empty.
+        kernels: it is planted in; if empty, the one of the file, or all of single halves that include it.
         num_seeds: it has to be caught within.
         also: more places of the file, each with what stands there instead.
+        timeout_s: what takes longer has been caught: it never ends.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Mutant:
     kernels: tuple[str, ...] = ()
     num_seeds: int = 60
     also: tuple[tuple[str, str], ...] = ()
+    timeout_s: float = 60

@@ -82,19 +82,9 @@ MUTANTS = [
         "the last block does not know what the others wrote", "plain", ("dispatch_send",),
     ),
     Mutant(
-        "done-counted-relaxed-dispatch-recv", RANK,
-        *RELAXED,
-        "the last block does not know what the others failed for", "stopped", ("dispatch_recv",),
-    ),
-    Mutant(
         "done-counted-relaxed-combine-send", RANK,
         *RELAXED,
         "the last block does not know what the others wrote", "plain", ("combine_send",),
-    ),
-    Mutant(
-        "done-counted-relaxed-combine-recv", RANK,
-        *RELAXED,
-        "the last block does not know what the others failed for", "stopped", ("combine_recv",),
     ),
     Mutant(
         "done-one-block-no-barrier", RANK,
