@@ -106,7 +106,8 @@ def nvshmem(nvcc: str, home: Path) -> Pybind11Extension:
     """
     made = cuda(nvcc)
     made.name = made._full_name = f"{PACKAGE}._nvshmem"
-    made.sources += files("csrc/nvshmem/*.cu")
+    both_halves = ("csrc/cuda/dispatch.cu", "csrc/cuda/combine.cu")  # csrc/cuda/engine.cpp says why not here
+    made.sources = [source for source in made.sources if source not in both_halves] + files("csrc/nvshmem/*.cu")
     made.define_macros.append(("MOEBIUS_NVSHMEM", "1"))
     made.library_dirs.append(str(home / "lib"))
     # -l:name takes the file as it is called; the wheel has no libnvshmem_host.so to be found by -lnvshmem_host.

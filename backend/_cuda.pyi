@@ -107,7 +107,7 @@ class Engine:
         wait_stats: int,
         /,
     ) -> int: ...
-    # Both halves by one kernel: what the send half takes, then what the receive half takes beside it.
+    # Both halves, by one kernel where that can be: what the send half takes, then what the receive half has beside it.
     def dispatch(
         self,
         stream: int,
@@ -187,7 +187,7 @@ class Plain:
     ) -> PendingCombine | None: ...
     def combine_recv(self, pending: PendingCombine, /) -> Tensor | None: ...
 
-    # Both halves by one kernel.
+    # Both halves, by one kernel where that can be.
     def dispatch(
         self,
         owner: AllToAll,

@@ -20,6 +20,14 @@ int64_t private_bytes(const Shape& s) {
   return kStateBytes + heaps_bytes(s.num_ranks) + s.num_local_experts() * int64_t{sizeof(int32_t)};
 }
 
+// Whether both halves can be one kernel. Not over NVSHMEM: with calls of its library, such a kernel
+// spills, and what it saves is nothing beside the way through a NIC. That build leaves them out.
+#if defined(MOEBIUS_NVSHMEM)
+constexpr bool kCanJoin = false;
+#else
+constexpr bool kCanJoin = true;
+#endif
+
 // Most tokens of a rank for which both halves are one kernel. It saves a launch, which is nothing
 // beside the rows of more; and it moves rows a little slower (H200, T = 128: up to 2 % of a round).
 constexpr int64_t kMostJoined = 512;
@@ -120,7 +128,7 @@ void Engine::load_kernels() const {
     send.encoding = encoding;
     send.x_dtype = dtype;
     launch_dispatch_send(send, num_sms_, nullptr);
-    launch_dispatch(send, receive, num_sms_, nullptr);
+    if constexpr (kCanJoin) launch_dispatch(send, receive, num_sms_, nullptr);
   };
   load_dispatch(Encoding::kCopy, Dtype::kBf16);
   for (Dtype dtype : {Dtype::kBf16, Dtype::kFp16, Dtype::kFp32}) {
@@ -136,7 +144,7 @@ void Engine::load_kernels() const {
   const float any_weight = 0;  // only whether there is one matters here
   sum.topk_weights = self_.layout.shape.has_weights ? nullptr : &any_weight;
   launch_combine_recv(sum, num_sms_, nullptr);
-  launch_combine(reply, sum, num_sms_, nullptr);
+  if constexpr (kCanJoin) launch_combine(reply, sum, num_sms_, nullptr);
 #endif
 }
 
@@ -175,8 +183,10 @@ Outcome Engine::dispatch(Stream stream,
                          DispatchRecvParams& recv) {
   send.self = recv.self = self_;
   return run(stream, capture, [&](Target t) {
-    const bool is_one = send.num_tokens <= kMostJoined && !receives_into_x(send, recv);
-    if (is_one) return launch_dispatch(send, recv, num_sms_, t);
+    if constexpr (kCanJoin) {
+      const bool is_one = send.num_tokens <= kMostJoined && !receives_into_x(send, recv);
+      if (is_one) return launch_dispatch(send, recv, num_sms_, t);
+    }
     launch_dispatch_send(send, num_sms_, t);
     launch_dispatch_recv(recv, num_sms_, t);
   });
@@ -188,7 +198,9 @@ Outcome Engine::combine(Stream stream,
                         CombineRecvParams& recv) {
   send.self = recv.self = self_;
   return run(stream, capture, [&](Target t) {
-    if (recv.num_tokens <= kMostJoined) return launch_combine(send, recv, num_sms_, t);
+    if constexpr (kCanJoin) {
+      if (recv.num_tokens <= kMostJoined) return launch_combine(send, recv, num_sms_, t);
+    }
     launch_combine_send(send, num_sms_, t);
     launch_combine_recv(recv, num_sms_, t);
   });
