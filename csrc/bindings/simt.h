@@ -44,6 +44,9 @@ inline void bind(pybind11::module_& m) {
   m.def("register_memory", [](int rank, uintptr_t base, size_t num_bytes) {
     World::process().register_memory(rank, reinterpret_cast<void*>(base), num_bytes);
   });
+  m.def("unregister_memory",
+        [](uintptr_t base) { World::process().unregister_memory(reinterpret_cast<void*>(base)); });
+  m.def("is_idle", [](uintptr_t s) { return World::process().is_idle(stream_at(s)); });
   m.def("register_symmetric", [](int rank, uintptr_t base, size_t num_bytes) {
     World::process().network().register_symmetric(rank, reinterpret_cast<void*>(base), num_bytes);
   });

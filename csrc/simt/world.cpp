@@ -129,7 +129,7 @@ Stream* World::new_stream(int rank) {
 }
 
 void World::free_stream(Stream* stream) {
-  if (!has_failed()) synchronize(stream);
+  if (!has_failed() && !is_idle(stream)) synchronize(stream);
   Hold hold;
   streams_.erase(std::find_if(
       streams_.begin(), streams_.end(), [&](const auto& s) { return s.get() == stream; }));

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +202,7 @@ class SimtAllToAll(AllToAll):
             heaps = [simt.Memory(0, num_bytes) for _ in range(num_ranks)]
             for owner, heap in enumerate(heaps):
                 simt.register_memory(owner, heap.address, num_bytes)
+                weakref.finalize(heap, simt.unregister_memory, heap.address).atexit = False
                 simt.register_symmetric(owner, heap.address, num_bytes)
             return heaps
 
@@ -210,7 +212,9 @@ class SimtAllToAll(AllToAll):
         machine = Machine(simt, torch.device("cpu"), 0, place, lambda: stream)
         addresses = [heap.address if peer // per_node == rank // per_node else 0 for peer, heap in enumerate(heaps)]
         memory = SymmetricMemory(rank, addresses, num_bytes, "virtual", heaps)
-        return KeepingEngine(config, machine, memory, num_sms or self.num_sms)
+        engine = KeepingEngine(config, machine, memory, num_sms or self.num_sms)
+        weakref.finalize(engine, free_stream, stream).atexit = False
+        return engine
 
     def begin_capture(self) -> None:
         """Halves from now on are recorded, not run."""
@@ -219,6 +223,12 @@ class SimtAllToAll(AllToAll):
     def end_capture(self) -> Any:
         """What was recorded; `replay(stream)` runs it."""
         return extension().end_capture(self.stream)
+
+
+def free_stream(stream: int) -> None:
+    """Or every later step of the executor looks at it too. What a test left on it unfinished stays there."""
+    if extension().is_idle(stream):
+        extension().free_stream(stream)
 
 
 def in_nodes_of(per_node: int) -> type[SimtAllToAll]:
