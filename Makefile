@@ -38,7 +38,7 @@ dev: $(EXTENSION) $(INSTALLED)  ## virtual environment, pinned dependencies, ext
 
 ext: $(EXTENSION)  ## build what changed of the extension, into backend/
 
-check: lint types test  ## all that has to pass before a commit
+check: lint types test mutants  ## all that has to pass before a commit
 
 lint: $(DEPENDENCIES)  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def test_every_case_is_right_in_every_schedule(program: Path) -> None:
 
 @pytest.mark.slow
 def test_a_few_schedules_are_clean_under_sanitizers() -> None:
-    run_all(kernels.Built(kernels.SANITIZED).program, 8, 600)
+    run_all(kernels.Built(kernels.SANITIZED).program, 5, 600)
 
 
 def test_a_run_is_its_seeds_alone(program: Path) -> None:
