@@ -17,7 +17,10 @@ RUN = """
 import sys
 import torch
 from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 type(current_platform).get_device_name = classmethod(lambda cls, device_id=0: "interpreter")
+# Or it loads the library for AVX-512, whatever this processor has.
+type(current_platform).import_kernels = classmethod(lambda cls: CpuPlatform.import_kernels())
 from vllm.v1.worker.workspace import init_workspace_manager
 import moebius.vllm.batched
 from tests.helpers import simt
