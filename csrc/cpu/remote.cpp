@@ -56,7 +56,8 @@ bool Engine::clear_outbox(uint64_t epoch) {
   outbox_used_ = 0;
   if (network_ == nullptr) return true;
   const int64_t start = now_ns();
-  const int keeper = network_->quiet(config_.timeout_ns);
+  // Half the deadline: meanwhile others wait for this rank, and would give it up with the keeper.
+  const int keeper = network_->quiet(config_.timeout_ns / 2);
   if (keeper < 0) return true;
   return fail(FaultKind::kTimeout, Reason::kDeadline, keeper, -1, epoch, 0, now_ns() - start);
 }
